@@ -1,0 +1,1 @@
+"""Tracing a model into axes: which channels can only be removed together, and which not at all."""

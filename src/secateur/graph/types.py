@@ -80,11 +80,15 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What tracing learned: maskable ``weights`` by name, and ``axes``, frozen ones included."""
+    """What tracing learned: maskable ``weights`` by name, and ``axes``, frozen ones included.
+
+    ``program`` and ``inputs`` are what was traced, and on which example inputs.
+    """
 
     axes: tuple[Axis, ...]
     weights: Mapping[str, Weight]
     program: Program = field(repr=False)
+    inputs: Any = field(repr=False, default=None)
 
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises SpecError for an unknown one."""

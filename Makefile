@@ -1,0 +1,39 @@
+# One environment, .venv, made from constraints.txt on first use and again when either file changes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo check test bench docs
+.DEFAULT_GOAL := setup
+
+setup: .venv/stamp
+
+.venv/stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Secateur needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments. On Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## train, prune, recover, export and report a small network
+	$(BIN)/secateur demo
+
+check: setup  ## what CI runs first
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: setup  ## what CI runs second
+	$(BIN)/python -m pytest -q -m "not slow"
+
+bench: setup  ## hours; picks up where it stopped
+	$(BIN)/python benchmarks/first_road.py
+	$(BIN)/python benchmarks/analyze_cost.py
+	$(BIN)/python benchmarks/cost_global.py
+	$(BIN)/python benchmarks/tables.py
+
+docs: setup  ## fill the README's tables from the newest results, run its examples
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_tables.py

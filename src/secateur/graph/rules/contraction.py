@@ -1,0 +1,116 @@
+"""Operators that sum over a dimension: convolutions, linear layers, matrix products, embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.graph.labels import Dim
+from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value
+
+KERNEL = "kernel position"  # never a channel: such axes are not worth a line in a report
+
+
+def conv(op: Op) -> Value:
+    """``conv{1,2,3}d``: weight (out, in/groups, *kernel), input (batch?, in, *space)."""
+    return _convolve(op, out_dim=0)
+
+
+def conv_transpose(op: Op) -> Value:
+    """``conv_transpose{1,2,3}d``: weight (in, out/groups, *kernel)."""
+    return _convolve(op, out_dim=1)
+
+
+def _convolve(op: Op, out_dim: int) -> Value:
+    x, w, groups = op.dims("input"), op.dims("weight"), int(op.args["groups"])
+    space = len(w) - 2
+    channel = len(x) - space - 1
+    x = op.keep_leading(x, space)
+    for kernel in w[2:]:
+        op.labels.freeze(kernel, KERNEL)
+    n_in, n_w = op.sizes("input")[channel], op.sizes("weight")[0]
+    if groups == 1:
+        op.labels.unite(x[channel], w[1 - out_dim], op.where)
+        out = w[out_dim]
+    elif out_dim == 0:
+        xs = op.labels.split(x[channel], [groups, n_in // groups], op.where)
+        ws = op.labels.split(w[0], [groups, n_w // groups], op.where)
+        op.labels.unite(xs[0], ws[0], op.where)
+        if n_in > groups:
+            op.labels.unite(xs[1], w[1], op.where)
+        out = w[0]
+    else:
+        op.labels.unite(x[channel], w[0], op.where)
+        by_group = op.labels.split(w[0], [groups, n_w // groups], op.where)[0]
+        out = op.labels.merge([by_group, w[1]], [groups, op.sizes("weight")[1]])
+    if op.args["bias"] is not None:
+        op.labels.unite(out, op.dims("bias")[0], op.where)
+    return [*x[:channel], out, *[None] * space]
+
+
+def rewrite_groups(op: Op, cut: Cut) -> dict[str, Any]:
+    groups = int(op.args["groups"])
+    if groups == 1:
+        return {}
+    n = op.sizes("weight")[0]
+    by_group = cut.kept(op.dims("weight")[0], n) // (n // groups)
+    return {"groups": len(set(by_group.tolist()))}
+
+
+def linear(op: Op) -> Value:
+    """``linear``: weight (out, in); ``x @ weight.T + bias``."""
+    x, w = op.dims("input"), op.dims("weight")
+    op.labels.unite(x[-1], w[1], op.where)
+    if op.args["bias"] is not None:
+        op.labels.unite(w[0], op.dims("bias")[0], op.where)
+    return [*x[:-1], w[0]]
+
+
+def _product(op: Op, x: Dims, y: Dims, nx: tuple[int, ...], ny: tuple[int, ...]) -> Dims:
+    if len(x) == 1 and len(y) == 1:
+        op.labels.unite(x[0], y[0], op.where)
+        return []
+    if len(x) == 1:
+        op.labels.unite(x[0], y[-2], op.where)
+        return [*y[:-2], y[-1]]
+    if len(y) == 1:
+        op.labels.unite(x[-1], y[0], op.where)
+        return x[:-1]
+    op.labels.unite(x[-1], y[-2], op.where)
+    batch = op.broadcast((x[:-2], nx[:-2]), (y[:-2], ny[:-2])) if len(x) > 2 or len(y) > 2 else []
+    return [*batch, x[-2], y[-1]]
+
+
+def matmul(op: Op) -> Value:
+    """``matmul``, ``bmm``, ``mm``, ``mv``: the last dimension of one meets the last but one of the other."""
+    names = [n for n in ("self", "other", "mat2", "vec") if n in op.args]
+    x, y = names
+    return _product(op, op.dims(x), op.dims(y), op.sizes(x), op.sizes(y))
+
+
+def addmm(op: Op) -> Value:
+    """``addmm``, ``baddbmm``: a product of two, plus a broadcast third."""
+    x, y = [n for n in ("mat1", "mat2", "batch1", "batch2") if n in op.args]
+    product = _product(op, op.dims(x), op.dims(y), op.sizes(x), op.sizes(y))
+    return op.broadcast((product, op.out), (op.dims("self"), op.sizes("self")))
+
+
+def embedding(op: Op) -> Value:
+    """``embedding``: weight (vocabulary, features), looked up by index."""
+    w = op.dims("weight")
+    op.labels.freeze(w[0], f"vocabulary: rows are looked up by index in {op.where}")
+    features: Dim = w[1]
+    return [*op.dims("indices"), features]
+
+
+_CONV = {f"conv{n}d": conv for n in (1, 2, 3)}
+_TRANSPOSED = {name: conv_transpose for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")}
+
+RULES: dict[str, Rule] = {
+    **_CONV,
+    **_TRANSPOSED,
+    "linear": linear,
+    **dict.fromkeys(("matmul", "bmm", "mm", "mv"), matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), addmm),
+    "embedding": embedding,
+}
+REWRITES: dict[str, Rewrite] = dict.fromkeys((*_CONV, *_TRANSPOSED), rewrite_groups)

@@ -1,0 +1,77 @@
+"""Normalization: scales, shifts and running statistics belong to the channels they act on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, sizes_of
+
+
+def _first(op: Op) -> Any:
+    return op.args["input"] if "input" in op.args else op.args["self"]
+
+
+def batch_norm(op: Op) -> Value:
+    """``batch_norm``, ``instance_norm``: statistics per channel (dimension 1), so zeroing stays exact."""
+    x = op.of(_first(op))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if op.args.get(name) is not None:
+            op.labels.unite(x[1], op.dims(name)[0], op.where)
+    return x
+
+
+def layer_norm(op: Op) -> Value:
+    """``layer_norm``, ``rms_norm``: statistics over the last dimensions; removing changes them."""
+    x, k = op.of(_first(op)), len(op.args["normalized_shape"])
+    for dim in x[-k:]:
+        op.labels.mark_inexact(dim)
+    for name in ("weight", "bias"):
+        if op.args.get(name) is not None:
+            for mine, other in zip(x[-k:], op.dims(name), strict=True):
+                op.labels.unite(mine, other, op.where)
+    return x
+
+
+def rewrite_layer_norm(op: Op, cut: Cut) -> dict[str, Any]:
+    return {"normalized_shape": cut.shape(op)[-len(op.args["normalized_shape"]) :]}
+
+
+def group_norm(op: Op) -> Value:
+    """``group_norm``: channels are groups x members; every group keeps equally many members."""
+    x, groups = op.dims("input"), int(op.args["num_groups"])
+    members = op.sizes("input")[1] // groups
+    op.labels.mark_inexact(op.labels.split(x[1], [groups, members], op.where)[1])
+    for name in ("weight", "bias"):
+        if op.args[name] is not None:
+            op.labels.unite(x[1], op.dims(name)[0], op.where)
+    return x
+
+
+def rewrite_group_norm(op: Op, cut: Cut) -> dict[str, Any]:
+    groups, n = int(op.args["num_groups"]), op.sizes("input")[1]
+    kept = cut.kept(op.dims("input")[1], n) // (n // groups)
+    return {"num_groups": len(set(kept.tolist()))}
+
+
+
+
+def softmax(op: Op) -> Value:
+    """``softmax``, ``log_softmax``, ``cumsum``, …: every index of the dimension depends on the others."""
+    x = op.of(op.tensors[0])
+    op.labels.freeze(x[op.dim()], f"every index depends on all others in {op.where}")
+    return x if len(sizes_of(op.tensors[0])) else None
+
+
+RULES: dict[str, Rule] = {
+    "batch_norm": batch_norm,
+    "instance_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "rms_norm": layer_norm,
+    "group_norm": group_norm,
+    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "_softmax", "_log_softmax"), softmax),
+}
+REWRITES: dict[str, Rewrite] = {
+    "layer_norm": rewrite_layer_norm,
+    "rms_norm": rewrite_layer_norm,
+    "group_norm": rewrite_group_norm,
+}

@@ -1,0 +1,27 @@
+"""Reductions: what is averaged over channels no longer equals zeroing when channels go."""
+
+from __future__ import annotations
+
+from secateur.graph.rules.base import Op, Rewrite, Rule, Value
+
+_NAMES = "mean sum amax amin std var logsumexp norm linalg_vector_norm any all nansum count_nonzero"
+
+
+def reduction(op: Op) -> Value:
+    """Reduced dimensions vanish or become 1; over a labelled one the result depends on what stays."""
+    source = op.tensors[0]
+    x = op.of(source)
+    which = op.args.get("dim", op.args.get("dims"))
+    if which is None or which == []:
+        which = list(range(len(x)))
+    reduced = {d % max(len(x), 1) for d in ([which] if isinstance(which, int) else which)}
+    for d in sorted(reduced):
+        if x:
+            op.labels.mark_inexact(x[d])
+    if op.args.get("keepdim"):
+        return [None if d in reduced else dim for d, dim in enumerate(x)]
+    return [dim for d, dim in enumerate(x) if d not in reduced]
+
+
+RULES: dict[str, Rule] = dict.fromkeys(_NAMES.split(), reduction)
+REWRITES: dict[str, Rewrite] = {}

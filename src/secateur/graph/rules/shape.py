@@ -1,0 +1,130 @@
+"""Operators that lay the same values out differently: view, permute, expand, flip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, operator_name
+
+
+def view(op: Op) -> Value:
+    """``view``, ``reshape``, ``flatten``, ``unflatten``: merges and splits of dimensions."""
+    source = op.tensors[0]
+    return op.labels.reshape(op.of(source), op.sizes("self"), op.out, op.where)
+
+
+def rewrite_view(op: Op, cut: Cut) -> dict[str, Any]:
+    """Only sizes of dimensions that lost something are rewritten; -1 and symbolic sizes stay as they are."""
+    new = cut.shape(op)
+    if operator_name(op.node.target) == "unflatten":
+        dim = op.dim()
+        return {"sizes": [*new[dim : dim + len(op.args["sizes"])]]}
+    if "size" in op.args:
+        name = "size"
+    elif "shape" in op.args:
+        name = "shape"
+    else:
+        return {}
+    asked = op.args[name]
+    return {name: [n if isinstance(a, int) and a != -1 and n != o else a
+                   for a, n, o in zip(asked, new, op.out, strict=True)]}  # fmt: skip
+
+
+def permute(op: Op) -> Value:
+    x = op.dims("self")
+    return [x[d] for d in op.args["dims"]]
+
+
+def transpose(op: Op) -> Value:
+    x = op.dims("self")
+    i, j = (op.args[n] for n in (("dim0", "dim1") if "dim0" in op.args else ("axis0", "axis1")))
+    if x:
+        x[i], x[j] = x[j], x[i]
+    return x
+
+
+def matrix_transpose(op: Op) -> Value:
+    x = op.dims("self")
+    return [*x[:-2], *x[-2:][::-1]]
+
+
+def squeeze(op: Op) -> Value:
+    x, sizes = op.dims("self"), op.sizes("self")
+    which = op.args.get("dim")
+    chosen = range(len(x)) if which is None else [which] if isinstance(which, int) else which
+    gone = {d % len(x) for d in chosen if sizes[d] == 1} if x else set()
+    return [dim for d, dim in enumerate(x) if d not in gone]
+
+
+def unsqueeze(op: Op) -> Value:
+    x = op.dims("self")
+    d = op.args["dim"]
+    x.insert(d if d >= 0 else d + len(x) + 1, None)
+    return x
+
+
+def expand(op: Op) -> Value:
+    """A stretched dimension holds equal copies, so any of them may go: it gets atoms of its own."""
+    x, out = op.dims("self"), op.out
+    sizes = (1,) * (len(out) - len(x)) + op.sizes("self")
+    x = [None] * (len(out) - len(x)) + x
+    labelled = any(dim is not None for dim in x)
+    return [
+        op.labels.fresh(n) if labelled and n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)
+    ]
+
+
+def repeat(op: Op) -> Value:
+    """Copies of a whole dimension: (copies, index), merged."""
+    x, repeats = op.dims("self"), op.args["repeats"]
+    sizes = (1,) * (len(repeats) - len(x)) + op.sizes("self")
+    x = [None] * (len(repeats) - len(x)) + x
+    if all(dim is None for dim in x):
+        return x if op.out == sizes else None
+    return [
+        dim if r == 1 else op.labels.merge([op.labels.fresh(r), dim], [r, n]) for dim, n, r in zip(x, sizes, repeats)
+    ]
+
+
+def rewrite_repeat(op: Op, cut: Cut) -> dict[str, Any]:
+    x, sizes = op.dims("self"), op.sizes("self")
+    pad = len(op.out) - len(x)
+    kept = [1] * pad + [len(cut.kept(d, n)) for d, n in zip(x, sizes, strict=True)]
+    return {"repeats": [n // k for n, k in zip(cut.shape(op), kept, strict=True)]}
+
+
+def flip(op: Op) -> Value:
+    x = op.dims("self")
+    for d in op.args["dims"]:
+        dim = x[d]
+        x[d] = None if dim is None else np.ascontiguousarray(dim[:, ::-1])
+    return x
+
+
+def roll(op: Op) -> Value:
+    """Distances matter, so a rolled dimension must stay whole."""
+    x = op.dims("self")
+    for d in op.args["dims"] or range(len(x)):
+        op.labels.freeze(x[d], f"rolled by a fixed distance in {op.where}")
+        x[d] = None
+    return x
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), view),
+    "permute": permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
+    **dict.fromkeys(("t", "numpy_T", "mT", "adjoint"), matrix_transpose),
+    "squeeze": squeeze,
+    "unsqueeze": unsqueeze,
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    "repeat": repeat,
+    "flip": flip,
+    "roll": roll,
+}
+REWRITES: dict[str, Rewrite] = {
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "expand", "broadcast_to"), rewrite_view),
+    "repeat": rewrite_repeat,
+}

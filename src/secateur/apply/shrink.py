@@ -93,7 +93,7 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
     oracle = run(rewrite(graph.program, small, graph.alive(keep)), inputs)
     form, why = "module", _why_not(small, inputs, oracle, _tolerance(model))
     if why:
-        form, small = "program", _as_program(model, graph, plan, small)
+        form, small = "program", as_program(model, plan, small, inputs)
         error = relative_error(run(small, inputs), oracle)
         if not error <= _tolerance(model):
             raise LawError(f"the program rewritten for any batch size differs from the traced one by {error:.2g}")
@@ -127,9 +127,12 @@ def _why_not(small: nn.Module, inputs: Any, oracle: Any, tolerance: float) -> st
     return ""
 
 
-def _as_program(model: nn.Module, graph: Graph, plan: Plan, small: nn.Module) -> nn.Module:
-    """The rewritten program, not tied to the example's batch size where the model allows that."""
-    free = analyze(model, graph.inputs, dynamic_batch=True)
+def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any) -> nn.Module:
+    """The rewritten program of ``model`` over the sliced tensors of ``small``.
+
+    It is not tied to the example's batch size where the model allows that.
+    """
+    free = analyze(model, inputs, dynamic_batch=True)
     return rewrite(free.program, small, free.alive(_flags(free, plan)))
 
 

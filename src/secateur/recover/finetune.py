@@ -141,7 +141,7 @@ def _step(
         group["lr"] = rate
     optimizer.zero_grad()
     loss = loss_of(inputs, targets)
-    value = float(loss)
+    value = loss.item()
     if not math.isfinite(value):
         raise DataError(f"the training loss became {value}; lower lr (now {rate:.3g}) or check the data")
     loss.backward()  # type: ignore[no-untyped-call]
@@ -154,7 +154,7 @@ def _rate(step: int, steps: int) -> float:
     warm = max(1, round(WARMUP * steps))
     if step < warm:
         return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / (steps - warm))))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
 
 
 def _validate(model: nn.Module, task: Task) -> float:

@@ -1,0 +1,128 @@
+"""What was measured, before and after: frozen data, JSON, and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from secateur.errors import DataError
+from secateur.files import write_atomic
+from secateur.tasks import Interval
+
+VERSION = 1
+"""Of the JSON form; older versions are read forever."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of the way ("dense", "pruned", "recalibrated", "recovered", "onnx"); None was not measured.
+
+    ``accuracy`` is the mean score with its 95 % interval, ``drop`` how much lower than the first
+    row's it is (paired, so positive is worse), ``latency`` the median with the 10th and 90th
+    percentile in milliseconds, ``bytes`` the size on disk, ``memory`` the peak in bytes.
+    """
+
+    stage: str
+    params: int
+    nonzero: int
+    macs: int | None
+    bytes: int
+    accuracy: Interval | None = None
+    drop: Interval | None = None
+    latency: Interval | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight: its shape before and after, the fraction of it that stays, its MACs before."""
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    kept: float
+    macs: int
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis that pruning could not touch, and why."""
+
+    axis: str
+    units: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Law:
+    """The check that removing equals zeroing: its relative error, and the oracle it was held against."""
+
+    error: float
+    tolerance: float
+    oracle: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured; the first of ``rows`` is what the others are compared with.
+
+    ``meta`` says how: pattern, budget, criterion, seeds, versions, processor, threads, and the form
+    of the result with its reason.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    layers: tuple[Layer, ...] = ()
+    frozen: tuple[Frozen, ...] = ()
+    law: Law | None = None
+    meta: Mapping[str, str | int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what ``to_json`` wrote. Raises DataError, naming the place, for anything else."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"the report is damaged, or no JSON: {error}") from error
+        if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+            raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
+        report: Report = _read(cls, data, "report")
+        return report
+
+    def save_html(self, path: Path | str) -> None:
+        """Write one self-contained page. Raises MissingExtra without altair and vl-convert-python."""
+        from secateur.report.html import page
+
+        write_atomic(Path(path), page(self))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value``, as JSON gives it, as an instance of the type ``kind``; DataError where it is none."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if NoneType in arguments:
+        return None if value is None else _read(arguments[0], value, where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        if set(value) != {f.name for f in fields(kind)}:
+            odd = ", ".join(sorted(set(value) ^ set(hints)))
+            raise DataError(f"{where} lacks, or does not know: {odd}")
+        return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if kind is Interval and isinstance(value, list) and len(value) == len(Interval._fields):
+        return Interval(*(_read(float, v, where) for v in value))
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping and isinstance(value, dict) and all(type(v) in (str, int) for v in value.values()):
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is kind:
+        return value
+    raise DataError(f"{where} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")

@@ -1,0 +1,83 @@
+"""Results of benchmarks: one JSON file a benchmark, machine and day, whole at every moment.
+
+    {"name": ..., "meta": {commit, cpu, threads, versions, date}, "rows": {key: {...}}}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.files import read_json, write_atomic
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Row = dict[str, Any]
+
+
+def cpu() -> str:
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit checked out, with ``-dirty`` where source or benchmarks differ from it; "" outside git."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
+    return f"{head}-dirty" if head and changed else head
+
+
+def conditions() -> dict[str, Any]:
+    """Everything about this run that its numbers depend on."""
+    packages = ("secateur", "torch", "numpy", "onnxruntime")
+    return {
+        "commit": commit(),
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def save(name: str, rows: Mapping[str, Row]) -> Path:
+    """Write all rows of benchmark ``name`` and return the file: ``<date>_<cpu>_<name>.json``."""
+    meta = conditions()
+    path = newest(name, today=True) or RESULTS / f"{meta['date']}_{_slug(meta['cpu'])}_{name}.json"
+    write_atomic(path, json.dumps({"name": name, "meta": meta, "rows": dict(rows)}, indent=1) + "\n")
+    return path
+
+
+def rows(name: str, *, today: bool = False) -> dict[str, Row]:
+    """The rows of the newest results of benchmark ``name``; none where it has not run."""
+    path = newest(name, today=today)
+    return read_json(path)["rows"] if path else {}
+
+
+def newest(name: str, *, today: bool = False) -> Path | None:
+    """The newest results file of benchmark ``name``; with ``today``, only one of this machine and day."""
+    start = f"{datetime.now(UTC).date().isoformat()}_{_slug(cpu())}" if today else "*"
+    return max(RESULTS.glob(f"{start}_{name}.json"), default=None)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

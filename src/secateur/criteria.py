@@ -1,0 +1,138 @@
+"""How much each weight matters: ``criterion(weight, stats) -> scores`` of the weight's shape, larger stays.
+
+Patterns pool these scores into units, so every criterion works with every pattern. A criterion of your own:
+
+    @needs("grad_abs")
+    def mine(weight, stats):
+        return weight.abs() ** 0.5 * stats["grad_abs"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import DataError, SpecError
+from secateur.graph.types import Graph
+from secateur.stats import Stats, collect
+from secateur.tasks import Task
+
+Criterion = Callable[[Tensor, Stats], Tensor]
+
+
+def needs(*names: str) -> Callable[[Criterion], Criterion]:
+    """Declare the statistics that a criterion reads."""
+
+    def declare(criterion: Criterion) -> Criterion:
+        criterion.needs = frozenset(names)  # type: ignore[attr-defined]
+        return criterion
+
+    return declare
+
+
+def magnitude(weight: Tensor, stats: Stats) -> Tensor:
+    """|w| (L1; Han et al. 2015)."""
+    return weight.abs()
+
+
+def l2(weight: Tensor, stats: Stats) -> Tensor:
+    """w squared, so that a unit's mean score ranks as its L2 norm."""
+    return weight.square()
+
+
+def random(weight: Tensor, stats: Stats) -> Tensor:
+    """Uniform noise from the seed and the weight's name: the baseline that every other criterion must beat."""
+    digest = hashlib.blake2b(f"{stats.seed}:{stats.name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+@needs("norm_scale")
+def bn_scale(weight: Tensor, stats: Stats) -> Tensor:
+    """|gamma| of the batch norm that follows (Liu et al. 2017, network slimming).
+
+    All weights of an output share it; an output without a batch norm counts as scaled by one. Within an output,
+    |w| relative to the output's largest decides, at a size that never reorders outputs of different gamma much:
+    the score is |gamma| * (1 + 1e-3 * |w| / max |w|).
+    """
+    rows = weight.movedim(stats.out_dim, 0)
+    largest = rows.abs().amax(tuple(range(1, rows.ndim)), keepdim=True).clamp_min(1e-30)
+    scale = stats["norm_scale"].view(-1, *[1] * (rows.ndim - 1)).to(rows)
+    return (scale * (1 + 1e-3 * rows.abs() / largest)).movedim(0, stats.out_dim)
+
+
+@needs("grad_abs")
+def taylor(weight: Tensor, stats: Stats) -> Tensor:
+    """|w| * mean |dL/dw|: the first-order change of the loss when w goes (Molchanov et al. 2019), taken per batch
+    and per weight, absolute values averaged over the calibration batches."""
+    return weight.abs() * stats["grad_abs"]
+
+
+BUILT_IN: dict[str, Criterion] = {c.__name__: c for c in (magnitude, l2, random, bn_scale, taylor)}
+
+
+def resolve(criterion: str | Criterion) -> Criterion:
+    """A criterion by name, by ``module:function``, or as it is. Raises SpecError for anything else."""
+    if callable(criterion):
+        return criterion
+    if not isinstance(criterion, str):
+        raise SpecError(f"a criterion is a name or a function, found {type(criterion).__name__}")
+    if criterion in BUILT_IN:
+        return BUILT_IN[criterion]
+    module, colon, function = criterion.partition(":")
+    if not colon:
+        raise SpecError(f"criterion {criterion!r} is unknown; there are {', '.join(BUILT_IN)}, or give module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"criterion {criterion!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise SpecError(f"criterion {criterion!r} is a {type(found).__name__}, expected a function(weight, stats)")
+    return found  # type: ignore[no-any-return]
+
+
+def score(
+    model: nn.Module,
+    graph: Graph,
+    criterion: str | Criterion = "magnitude",
+    task: Task | None = None,
+    seed: int = 0,
+    names: Iterable[str] | None = None,
+) -> dict[str, Tensor]:
+    """Scores of every maskable weight, or of those in ``names``: float tensors of the weights' shapes.
+
+    Raises DataError for weights that are NaN or infinite, and for scores that are so or of another shape.
+    """
+    function = resolve(criterion)
+    parameters = dict(model.named_parameters())
+    wanted = list(graph.weights) if names is None else list(names)
+    for name in wanted:
+        _require_finite(parameters[name].detach(), f"weight {name!r}", "repair or retrain it before pruning")
+    stats = collect(model, graph, getattr(function, "needs", ()), task, seed)
+    scores = {}
+    for name in wanted:
+        weight = parameters[name].detach()
+        found = function(weight, stats[name])
+        if not isinstance(found, Tensor) or found.shape != weight.shape:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise DataError(f"criterion {_label(criterion)} gave {shape} for {name!r}, expected {list(weight.shape)}")
+        _require_finite(found, f"the scores of {name!r} by {_label(criterion)}", "expected finite numbers")
+        scores[name] = found.detach().contiguous()
+    return scores
+
+
+def _label(criterion: str | Criterion) -> str:
+    return repr(criterion) if isinstance(criterion, str) else getattr(criterion, "__name__", repr(criterion))
+
+
+def _require_finite(tensor: Tensor, what: str, advice: str) -> None:
+    if not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN wins in both; no copy of the tensor is made
+    if not bool(low.isfinite() & high.isfinite()):
+        bad = int((~tensor.isfinite()).sum())
+        raise DataError(f"{bad} of {tensor.numel()} values of {what} are NaN or infinite; {advice}")

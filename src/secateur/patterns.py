@@ -1,0 +1,149 @@
+"""The shape of what is removed. Notation is parsed here and nowhere else; ``parse(str(p)) == p``.
+
+    unstructured    single weights
+    2:4             N kept of every M weights along the inputs
+    block:4x1       blocks of 4 outputs x 1 input
+    channel         whole units, really removed
+    channel/8       whole units, kept counts in multiples of 8
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.errors import SpecError
+from secateur.graph.types import Weight
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Single weights."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class NM:
+    """``n`` weights are **kept** of every ``m`` consecutive ones along the input dimension."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of ``rows`` outputs x ``cols`` inputs, on the weight seen as (outputs, everything else)."""
+
+    rows: int
+    cols: int
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Units of an axis; what is kept is a multiple of ``multiple``, or the whole axis."""
+
+    multiple: int = 1
+
+    def __str__(self) -> str:
+        return "channel" if self.multiple == 1 else f"channel/{self.multiple}"
+
+
+Pattern = Unstructured | NM | Block | Channel
+
+
+def parse(text: str) -> Pattern:
+    """Read a pattern. Raises SpecError for anything else than the forms above."""
+    if not isinstance(text, str):
+        raise SpecError(f"a pattern is a text such as 'channel' or '2:4', found {type(text).__name__}")
+    text = text.strip()
+    if text == "unstructured":
+        return Unstructured()
+    if text == "channel":
+        return Channel()
+    if found := re.fullmatch(r"channel/([1-9]\d*)", text):
+        return Channel(int(found[1]))
+    if (found := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)) and int(found[1]) < int(found[2]):
+        return NM(int(found[1]), int(found[2]))
+    if found := re.fullmatch(r"block:([1-9]\d*)x([1-9]\d*)", text):
+        return Block(int(found[1]), int(found[2]))
+    raise SpecError(
+        f"pattern {text!r} is unknown; expected unstructured, N:M (N kept of M, such as 2:4), block:RxC (such as "
+        "block:4x1), channel, or channel/K (kept counts in multiples of K)"
+    )
+
+
+def why_not(pattern: Pattern, weight: Weight) -> str:
+    """Why the pattern cannot be applied to a weight; "" where it can."""
+    if isinstance(pattern, NM) and weight.shape[weight.in_dim] < pattern.m:
+        return f"has {weight.shape[weight.in_dim]} inputs, fewer than the {pattern.m} of a {pattern} group"
+    return ""
+
+
+def pool(pattern: Pattern, scores: Tensor, weight: Weight) -> Tensor:
+    """Element scores (of the weight's shape) -> unit scores, flat: the mean of each unit's elements."""
+    if isinstance(pattern, Block):
+        rows, cols = _grid(pattern, weight)
+        view = scores.movedim(weight.out_dim, 0).flatten(1)
+        padded = scores.new_zeros(rows * pattern.rows, cols * pattern.cols)
+        padded[: view.shape[0], : view.shape[1]] = view
+        sums = padded.view(rows, pattern.rows, cols, pattern.cols).sum((1, 3))
+        return (sums / _sizes(pattern, *view.shape).to(sums)).flatten()
+    return scores.flatten()
+
+
+def unit_size(pattern: Pattern) -> int:
+    """Elements of one unit; blocks at the edge of a weight may have fewer."""
+    return pattern.rows * pattern.cols if isinstance(pattern, Block) else 1
+
+
+def spread(pattern: Pattern, keep: Tensor, weight: Weight) -> Tensor:
+    """Flat flags per unit -> a mask of the weight's shape; the inverse of ``pool``."""
+    if isinstance(pattern, Block):
+        rows, cols = _grid(pattern, weight)
+        outputs = weight.shape[weight.out_dim]
+        wide = keep.view(rows, 1, cols, 1).expand(rows, pattern.rows, cols, pattern.cols)
+        view = wide.reshape(rows * pattern.rows, -1)[:outputs, : weight.numel // outputs]
+        moved = [n for d, n in enumerate(weight.shape) if d != weight.out_dim]
+        return view.reshape(outputs, *moved).movedim(0, weight.out_dim).contiguous()
+    return keep.view(weight.shape)
+
+
+def nm_mask(pattern: NM, scores: Tensor, weight: Weight) -> Tensor:
+    """The mask that keeps the ``n`` best of every ``m`` along the inputs, the first ones among equals.
+
+    A tail of fewer than ``m`` inputs stays dense.
+    """
+    along = scores.movedim(weight.in_dim, -1)
+    groups = along.shape[-1] // pattern.m
+    mask = torch.ones(along.shape, dtype=torch.bool, device=scores.device)
+    whole = along[..., : groups * pattern.m].reshape(-1, pattern.m)
+    best = whole.argsort(dim=-1, descending=True, stable=True)[:, : pattern.n]
+    kept = torch.zeros_like(whole, dtype=torch.bool).scatter_(1, best, True)
+    mask[..., : groups * pattern.m] = kept.view(*along.shape[:-1], groups * pattern.m)
+    return mask.movedim(-1, weight.in_dim).contiguous()
+
+
+def _grid(pattern: Block, weight: Weight) -> tuple[int, int]:
+    outputs = weight.shape[weight.out_dim]
+    return math.ceil(outputs / pattern.rows), math.ceil(weight.numel // outputs / pattern.cols)
+
+
+def _sizes(pattern: Block, outputs: int, inputs: int) -> Tensor:
+    """Elements of every block, of shape (block rows, block columns)."""
+    rows, cols = (
+        torch.tensor([min(step, n - start) for start in range(0, n, step)])
+        for n, step in ((outputs, pattern.rows), (inputs, pattern.cols))
+    )
+    return rows[:, None] * cols[None]

@@ -1,0 +1,285 @@
+"""``make``: from scores to a plan. Score, pool into units, allocate within the budget, select."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from importlib import metadata
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from secateur import patterns
+from secateur.allocate import Allocation, Counts, Strategy, best, climb
+from secateur.allocate import resolve as resolve_strategy
+from secateur.budget import Budget, kept_count
+from secateur.budget import parse as parse_budget
+from secateur.criteria import Criterion, score
+from secateur.errors import BudgetError, PlanError, SpecError
+from secateur.graph.types import Axis, Cost, Flags, Graph
+from secateur.names import matching
+from secateur.patterns import NM, Channel, Pattern
+from secateur.plan import Plan
+from secateur.tasks import Task
+
+
+def make(
+    model: nn.Module,
+    graph: Graph,
+    *,
+    pattern: str = "channel",
+    budget: str | None = "macs=50%",
+    criterion: str | Criterion = "magnitude",
+    allocate: str | Strategy = "global",
+    task: Task | None = None,
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Choose what stays within the budget. The same arguments give the same plan.
+
+    ignore: globs over weight and axis names that are left alone. overrides: glob -> part removed (0 to 1), fixed for
+    those places; the rest meets the budget. budget may be None for N:M, which fixes its own sparsity.
+
+    Raises SpecError for notation and names that cannot be read, BudgetError, with the nearest possible value, for a
+    budget that cannot be met, DataError for weights or scores that are not finite.
+    """
+    shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
+    strategy = resolve_strategy(allocate)
+    ignored = matching(ignore, [*graph.weights, *(a.name for a in graph.axes)], "ignore") if ignore else set()
+    fixed = dict(overrides or {})
+    for glob, part in fixed.items():
+        if not 0 <= part < 1:
+            raise SpecError(f"override {glob!r} removes {part}; expected a part from 0 up to 1")
+    meta: dict[str, str | int] = {
+        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
+        "allocate": allocate if isinstance(allocate, str) else getattr(allocate, "__name__", "custom"),
+        "seed": seed,
+        "secateur": metadata.version("secateur"),
+        "torch": torch.__version__,
+    }
+    described = (pattern, str(wish) if wish is not None else "", meta)
+    if isinstance(shape, Channel):
+        if wish is None:
+            raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
+        scores = score(model, graph, criterion, task, seed)
+        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, described)
+    names = [n for n, w in graph.weights.items() if n not in ignored and not patterns.why_not(shape, w)]
+    if not names:
+        raise SpecError(f"pattern {pattern!r} applies to none of the {len(graph.weights)} weights; choose another")
+    scores = score(model, graph, criterion, task, seed, names)
+    return _masks(graph, shape, wish, scores, strategy, fixed, described)
+
+
+Described = tuple[str, str, dict[str, str | int]]
+
+
+# --- masks -----------------------------------------------------------------------------------------
+
+
+def _masks(
+    graph: Graph,
+    pattern: Pattern,
+    wish: Budget | None,
+    scores: dict[str, Tensor],
+    strategy: Strategy,
+    overrides: Mapping[str, float],
+    described: Described,
+) -> Plan:
+    weights = graph.weights
+    if isinstance(pattern, NM):
+        if overrides:
+            raise SpecError(f"pattern {pattern} fixes its own sparsity; overrides cannot change it, use ignore")
+        _require_nm(pattern, wish)
+        masks = {n: patterns.nm_mask(pattern, s, weights[n]) for n, s in scores.items()}
+        kept = {n: int(m.sum()) for n, m in masks.items()}
+        return _plan(graph, described, Allocation(kept, {n: weights[n].numel for n in masks}), masks=masks)
+    if wish is None:
+        raise SpecError(f"pattern {pattern} needs a budget, such as sparsity=90%")
+    units = {n: patterns.pool(pattern, scores.pop(n), weights[n]) for n in list(scores)}
+    total = {n: u.numel() for n, u in units.items()}
+    if wish.kind == "threshold":
+        kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()}
+    else:
+        kept = _allocate_masks(graph, pattern, wish, units, total, strategy, overrides)
+    masks = {n: patterns.spread(pattern, best(u, kept[n]), weights[n]) for n, u in units.items()}
+    return _plan(graph, described, Allocation(kept, total), masks=masks)
+
+
+def _allocate_masks(
+    graph: Graph,
+    pattern: Pattern,
+    wish: Budget,
+    units: Mapping[str, Tensor],
+    total: Mapping[str, int],
+    strategy: Strategy,
+    overrides: Mapping[str, float],
+) -> dict[str, int]:
+    weights, dense, size = graph.weights, graph.cost(), patterns.unit_size(pattern)
+    places = [(n, weights[n]) for n in units]
+
+    def elements(counts: Counts) -> dict[str, int]:  # blocks at an edge are counted as whole: never too many
+        return {n: min(counts[n] * size, w.numel) for n, w in places}
+
+    def cost(counts: Counts) -> float:
+        kept = elements(counts)
+        if wish.kind == "macs":
+            return dense.macs - sum(w.macs * (1 - kept[n] / w.numel) for n, w in places)
+        gone = sum(w.numel - kept[n] for n, w in places)
+        return (sum(w.numel for _, w in places) if wish.kind == "sparsity" else dense.params) - gone
+
+    everything = cost(total)
+    if wish.kind in ("size", "latency", "max_drop"):
+        raise BudgetError(
+            f"{wish} cannot be met by pattern {pattern}: zeros in dense tensors take the same bytes and the same time, "
+            f"so the nearest possible is {wish.kind}=100%; use pattern='channel', or a sparsity budget"
+        )
+    limit = _limit(wish, everything)
+    fixed = _fixed(overrides, total)
+
+    def shaped(counts: Counts) -> dict[str, int]:
+        return {n: fixed.get(n, count) for n, count in counts.items()}
+
+    ladder = strategy(units)
+    if size == 1 and not fixed and wish.kind in ("sparsity", "params"):
+        exact = ladder.kept(min(ladder.rungs, max(0, round(everything - limit))))
+        if cost(exact) == limit:  # rungs usually count single weights, so this one is known without a search
+            return exact
+    found = climb(ladder, shaped, lambda counts: cost(counts) <= limit)
+    if found is None:
+        raise _unmet(wish, cost(shaped(ladder.kept(ladder.rungs))), everything)
+    return found
+
+
+def _require_nm(pattern: NM, wish: Budget | None) -> None:
+    own = Fraction(pattern.m - pattern.n, pattern.m)
+    if wish is not None and (wish.kind, wish.value) != ("sparsity", own):
+        raise BudgetError(
+            f"{wish} cannot be met by pattern {pattern}, which removes exactly {float(own):.4%} of every group; "
+            f"the nearest possible is sparsity={float(100 * own):g}%: leave the budget out"
+        )
+
+
+# --- channels --------------------------------------------------------------------------------------
+
+
+def _channels(
+    graph: Graph,
+    pattern: Channel,
+    wish: Budget,
+    scores: Mapping[str, Tensor],
+    strategy: Strategy,
+    ignored: set[str],
+    overrides: Mapping[str, float],
+    described: Described,
+) -> Plan:
+    free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
+    pooled = {a.name: s for a in free if (s := pool_units(a, scores)) is not None}
+    if not pooled:
+        reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
+        raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
+    total = {name: len(s) for name, s in pooled.items()}
+    fixed = {n: _rounded(k, total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
+    order = {name: s.argsort(descending=True, stable=True).numpy() for name, s in pooled.items()}
+
+    def shaped(counts: Counts) -> dict[str, int]:
+        return {n: fixed.get(n, _rounded(c, total[n], pattern.multiple)) for n, c in counts.items()}
+
+    def flags(counts: Counts) -> dict[str, Flags]:
+        chosen = {name: np.zeros(total[name], bool) for name in counts}
+        for name, count in counts.items():
+            chosen[name][order[name][:count]] = True
+        return chosen
+
+    if wish.kind == "threshold":
+        kept = shaped({n: int((s >= float(wish.value)).sum()) for n, s in pooled.items()})
+    else:
+        measure = _measure_of(wish)
+        everything = measure(graph.cost())
+        limit = _limit(wish, everything)
+        ladder = strategy(pooled, relative=True)
+        found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
+        if found is None:
+            least = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
+            raise _unmet(wish, least, everything)
+        kept = found
+    return _plan(graph, described, Allocation(kept, total), keep=flags(kept))
+
+
+def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
+    """One score per unit of the axis: the mean score of all weights that go with it, float64.
+
+    Producing rows and consuming columns count alike. None where no scored weight is among the members.
+    """
+    sums, counts = torch.zeros(axis.units, dtype=torch.float64), torch.zeros(axis.units, dtype=torch.float64)
+    for member in axis.members:
+        if member.tensor in scores:
+            s = scores[member.tensor]
+            per_index = s.movedim(member.dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
+            units = torch.from_numpy(member.units)
+            here = units >= 0
+            sums.index_add_(0, units[here], per_index[here])
+            counts.index_add_(0, units[here], torch.full_like(per_index[here], s.numel() / len(per_index)))
+    return sums / counts if bool((counts > 0).all()) else None
+
+
+def _rounded(count: int, total: int, multiple: int) -> int:
+    """Up to the next allowed count: a multiple, at least one; or everything."""
+    return min(total, max(1, -(-count // multiple)) * multiple)
+
+
+def _measure_of(wish: Budget) -> Callable[[Cost], int]:
+    kinds: dict[str, Callable[[Cost], int]] = {
+        "sparsity": lambda c: c.weights,
+        "params": lambda c: c.params,
+        "macs": lambda c: c.macs,
+        "size": lambda c: c.bytes,
+    }
+    if wish.kind not in kinds:
+        raise PlanError(f"{wish} needs measuring, which a plan alone cannot do; use prune(..., budget={str(wish)!r})")
+    return kinds[wish.kind]
+
+
+# --- both ------------------------------------------------------------------------------------------
+
+
+def _limit(wish: Budget, everything: float) -> float:
+    if wish.kind == "sparsity":
+        return kept_count(wish.value, int(everything))
+    return wish.limit(everything)
+
+
+def _fixed(overrides: Mapping[str, float], total: Mapping[str, int]) -> dict[str, int]:
+    """Kept counts of the places that an override names; the last glob that matches counts."""
+    fixed = {}
+    for glob, part in overrides.items():
+        for name in matching([glob], total, "override"):
+            fixed[name] = kept_count(Fraction(str(part)), total[name])
+    return fixed
+
+
+def _unmet(wish: Budget, least: float, everything: float) -> BudgetError:
+    part = least / everything if everything else 1.0
+    nearest = f"sparsity={1 - part:.2%}" if wish.kind == "sparsity" else f"{wish.kind}={part:.2%} ({least:,.0f})"
+    return BudgetError(
+        f"{wish} cannot be met: what is frozen, ignored, fixed by overrides, or kept as the last unit leaves more than "
+        f"that; the nearest possible is {nearest}"
+    )
+
+
+def _plan(
+    graph: Graph,
+    described: Described,
+    allocation: Allocation,
+    masks: Mapping[str, Tensor] | None = None,
+    keep: Mapping[str, Flags] | None = None,
+) -> Plan:
+    pattern, budget, meta = described
+    slices = {
+        tensor: {d: torch.from_numpy(flags) for d, flags in dims.items()}
+        for tensor, dims in graph.slices(keep or {}).items()
+    }
+    shapes = {n: graph.program.tensors[n].shape for n in (*(masks or {}), *slices)}
+    units = {n: torch.from_numpy(f) for n, f in (keep or {}).items()}
+    return Plan(pattern, budget, allocation, masks or {}, units, slices, shapes, meta, graph)

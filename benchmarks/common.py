@@ -1,6 +1,6 @@
 """Results of benchmarks: one JSON file a benchmark, machine and day, whole at every moment.
 
-    {"name": ..., "meta": {commit, cpu, threads, versions, date}, "rows": {key: {...}}}
+{"name": ..., "meta": {commit, cpu, threads, versions, date}, "rows": {key: {...}}}
 """
 
 from __future__ import annotations

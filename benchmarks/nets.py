@@ -35,7 +35,9 @@ def data_folder() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SECATEUR_DATA", default))
     if not folder.is_dir():
-        raise DataError(f"the benchmark data are not at {folder}; set SECATEUR_DATA to the folder that holds them")
+        raise DataError(
+            f"the benchmark data are not at {folder}; set SECATEUR_DATA to the folder that holds them"
+        )
     return folder
 
 
@@ -133,9 +135,7 @@ class MobileNetV2(nn.Module):
 
 
 def _conv(spec: dict[str, Any]) -> nn.Conv2d:
-    return nn.Conv2d(
-        spec["cin"], spec["cout"], spec["k"], spec["stride"], spec["pad"], groups=spec["groups"]
-    )
+    return nn.Conv2d(spec["cin"], spec["cout"], spec["k"], spec["stride"], spec["pad"], groups=spec["groups"])
 
 
 def mobilenetv2() -> nn.Module:
@@ -235,9 +235,7 @@ def _crop_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Pad with 4 black pixels, crop 32 x 32 at random, mirror half of them: as the nets were trained."""
     padded = F.pad(pixels, (4, 4, 4, 4))
     n, size = len(pixels), pixels.shape[-1]
-    rows, columns = (
-        torch.randint(0, 9, (n, 1), generator=generator) + torch.arange(size) for _ in range(2)
-    )
+    rows, columns = (torch.randint(0, 9, (n, 1), generator=generator) + torch.arange(size) for _ in range(2))
     cropped = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return _flip(_normalise(cropped.permute(0, 3, 1, 2).contiguous()), generator)
 

@@ -25,7 +25,14 @@ class SpecError(PruneError, ValueError):
 
 
 class BudgetError(PruneError, ValueError):
-    """A budget that cannot be met; the message names the nearest possible value."""
+    """A budget that cannot be met; the message names the nearest possible value.
+
+    ``nearest`` is that value as a part of the dense model, where it is known.
+    """
+
+    def __init__(self, message: str, nearest: float | None = None) -> None:
+        super().__init__(message)
+        self.nearest = nearest
 
 
 class DataError(PruneError, ValueError):

@@ -264,7 +264,8 @@ def _unmet(wish: Budget, least: float, everything: float) -> BudgetError:
     nearest = f"sparsity={1 - part:.2%}" if wish.kind == "sparsity" else f"{wish.kind}={part:.2%} ({least:,.0f})"
     return BudgetError(
         f"{wish} cannot be met: what is frozen, ignored, fixed by overrides, or kept as the last unit leaves more than "
-        f"that; the nearest possible is {nearest}"
+        f"that; the nearest possible is {nearest}",
+        part,
     )
 
 

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 from secateur.errors import MissingExtra, PruneError, SpecError
 
 FORMS = "timm:NAME, torchvision:NAME, hf:PATH_OR_ID, package.module:factory, ./file.py:factory"
+PUBLIC = ("timm:", "torchvision:", "hf:")
+"""Sources that run no code of the user's; the only ones that a saved directory may name."""
+
+
 
 def load_model(spec: str) -> nn.Module:
     """The dense model that ``spec`` names, in evaluation mode: one of the ``FORMS``.
@@ -62,7 +66,9 @@ def example_input(text: str) -> Tensor:
     except ValueError:
         shape = []
     if not shape or min(shape) < 1:
-        raise SpecError(f"input shape {text!r} cannot be read; expected sizes joined by x, such as 1x3x224x224")
+        raise SpecError(
+            f"input shape {text!r} cannot be read; expected sizes joined by x, such as 1x3x224x224"
+        )
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Mapping
@@ -12,55 +13,78 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from secateur.apply.resize import resize_
 from secateur.apply.shrink import as_program
-from secateur.errors import DataError, PlanError
+from secateur.errors import DataError, MissingExtra, PlanError
 from secateur.files import read_json, replace_dir, write_atomic
 from secateur.graph.types import example_args
 from secateur.plan import Plan
-from secateur.recipe import TRUSTED, load_model
+from secateur.recipe import PUBLIC, load_model
+from secateur.report import Report
 
 VERSION = 1
 MODEL, WEIGHTS, INPUTS = "model.json", "model.safetensors", "inputs.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
-class Saved:
-    """What a directory holds besides tensors: how the model was made, and its example inputs."""
+class Result:
+    """A pruned model and everything known about it.
+
+    ``form`` is "module" where ``model`` is of the user's class, "program" where it is its rewritten program.
+    ``inputs`` are the example inputs, ``source`` says where the dense model comes from, in the command line's
+    notation; "" where only the user knows.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    inputs: Any
+    form: str = "module"
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """What a directory says about its model."""
 
     form: str
     source: str
+    aliases: dict[str, str]
     inputs: Any
 
 
-def save_model(
-    folder: Path | str, model: nn.Module, plan: Plan, inputs: Any, form: str = "module", source: str = ""
-) -> None:
-    """Write ``model``, pruned by ``plan``, into ``folder``; an older directory of that name is replaced whole.
+def save(result: Result, folder: Path | str) -> Path:
+    """Write a pruned model as a directory: weights, plan, example inputs, report; returns its path.
 
-    form: "module" or "program", as ``shrink`` left it. inputs: the example inputs (dense model's).
-    source: where the dense model comes from, in the command line's notation; "" where only the user knows.
+    An older directory of that name is replaced as a whole. The page report.html is written where its packages are
+    installed. ``load`` reads it back.
     """
-    state, aliases = _unique(model)
-    shapes, tensors = _pack(inputs)
+    state, aliases = _unique(result.model)
+    shapes, tensors = _pack(result.inputs)
+    kind = type(result.model)
     about = {
         "version": VERSION,
         "secateur": metadata.version("secateur"),
         "torch": torch.__version__,
-        "class": f"{type(model).__module__}.{type(model).__qualname__}" if form == "module" else "",
-        "form": form,
-        "source": source,
+        "class": f"{kind.__module__}.{kind.__qualname__}" if result.form == "module" else "",
+        "form": result.form,
+        "source": result.source,
         "aliases": aliases,
         "inputs": shapes,
     }
     with replace_dir(Path(folder)) as new:
         write_atomic(new / MODEL, json.dumps(about, indent=1))
-        write_atomic(new / WEIGHTS, save(state))
-        write_atomic(new / INPUTS, save(tensors))
-        plan.save(new)
+        write_atomic(new / WEIGHTS, to_safetensors(state))
+        write_atomic(new / INPUTS, to_safetensors(tensors))
+        write_atomic(new / "report.json", result.report.to_json())
+        with contextlib.suppress(MissingExtra):
+            result.report.save_html(new / "report.html")
+        result.plan.save(new)
+    return Path(folder)
 
 
 def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
@@ -74,8 +98,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     was pruned.
     """
     folder = Path(folder)
-    saved, about = _about(folder), read_json(folder / MODEL)
-    plan = Plan.load(folder)
+    saved, plan = _about(folder), Plan.load(folder)
     dense = model if model is not None else _dense(folder, saved)
     plan.check_fits(dense)
     small = copy.deepcopy(dense)
@@ -83,7 +106,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     if saved.form == "program":
         small = as_program(dense, plan, small, saved.inputs)
     state = _read(folder / WEIGHTS)
-    for alias, name in about["aliases"].items():
+    for alias, name in saved.aliases.items():
         if name not in state or alias in state:
             raise DataError(f"{folder / MODEL} ties {alias!r} to {name!r}, which {WEIGHTS} does not hold")
         state[alias] = state[name]
@@ -107,14 +130,14 @@ def saved_inputs(folder: Path | str) -> Any:
     return _about(Path(folder)).inputs
 
 
-def _dense(folder: Path, saved: Saved) -> nn.Module:
-    if saved.source.startswith(TRUSTED):
+def _dense(folder: Path, saved: About) -> nn.Module:
+    if saved.source.startswith(PUBLIC):
         return load_model(saved.source)
     where = f"made from {saved.source!r}, and code is not run on a directory's word" if saved.source else "unnamed"
     raise PlanError(f"{folder} holds a pruned model whose class is {where}; give it: load(dir, model=dense_model)")
 
 
-def _about(folder: Path) -> Saved:
+def _about(folder: Path) -> About:
     if not folder.is_dir():
         raise DataError(f"{folder} is no directory; expected one that save() wrote, with {MODEL} and {WEIGHTS}")
     about = read_json(folder / MODEL)
@@ -126,7 +149,7 @@ def _about(folder: Path) -> Saved:
         raise DataError(f"{folder / MODEL} has format version {about['version']}, this Secateur reads {VERSION}")
     if about["form"] not in ("module", "program"):
         raise DataError(f"{folder / MODEL}: form is {about['form']!r}, expected 'module' or 'program'")
-    return Saved(about["form"], about["source"], _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL))
+    return About(about["form"], about["source"], about["aliases"], _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from secateur.errors import DataError
 from secateur.files import write_atomic
@@ -93,7 +93,9 @@ class Report:
         except (ValueError, RecursionError) as error:
             raise DataError(f"the report is damaged, or no JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
-            raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
+            raise DataError(
+                f"the report is not of version {VERSION}; it needs a newer secateur, or is no report"
+            )
         report: Report = _read(cls, data, "report")
         return report
 
@@ -110,11 +112,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if NoneType in arguments:
         return None if value is None else _read(arguments[0], value, where)
     if is_dataclass(kind) and isinstance(value, dict):
-        hints = get_type_hints(kind)
-        if set(value) != {f.name for f in fields(kind)}:
-            odd = ", ".join(sorted(set(value) ^ set(hints)))
-            raise DataError(f"{where} lacks, or does not know: {odd}")
-        return kind(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+        hints, build = get_type_hints(kind), cast(Any, kind)
+        if odd := set(value) ^ set(hints):
+            raise DataError(f"{where} lacks, or does not know: {', '.join(sorted(odd))}")
+        return build(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
     if kind is Interval and isinstance(value, list) and len(value) == len(Interval._fields):
         return Interval(*(_read(float, v, where) for v in value))
     if origin is tuple and isinstance(value, list):

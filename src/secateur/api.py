@@ -1,0 +1,304 @@
+"""The whole road in one call, and its steps: analyze, score, allocate, plan, apply, recover, verify, report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import patterns
+from secateur.allocate import Strategy
+from secateur.apply.mask import mask
+from secateur.apply.resize import resize_
+from secateur.apply.shrink import Law, Shrunk, carry_out
+from secateur.budget import Budget
+from secateur.budget import parse as parse_budget
+from secateur.criteria import Criterion
+from secateur.errors import BudgetError, PlanError, SpecError
+from secateur.graph import Graph, analyze
+from secateur.graph.trace import run
+from secateur.measure import Measurement, latency, measure
+from secateur.plan import Plan
+from secateur.planning import make
+from secateur.progress import track
+from secateur.recover import recalibrate_, recover
+from secateur.report import Frozen, Layer, Report, Row
+from secateur.store import Result
+from secateur.targets.onnx import export_onnx
+from secateur.tasks import Interval, Scores, Task, batches, evaluate, paired_difference, proportion
+
+
+def plan(model: nn.Module, inputs: Any, **wishes: Any) -> Plan:
+    """Choose what stays, without touching the model: ``analyze`` and ``secateur.planning.make`` in one call.
+
+    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword). wishes: the keyword arguments of ``make``:
+    pattern, budget, criterion, allocate, task, ignore, overrides, seed.
+    """
+    return make(model, analyze(model, inputs), **wishes)
+
+
+def prune(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    pattern: str = "channel",
+    budget: str | None = "macs=50%",
+    criterion: str | Criterion = "magnitude",
+    allocate: str | Strategy = "global",
+    task: Task | None = None,
+    ignore: Sequence[str] = (),
+    overrides: Mapping[str, float] | None = None,
+    epochs: int = 0,
+    lr: float = 0.01,
+    amp: bool = False,
+    patience: int | None = None,
+    inplace: bool = False,
+    verify: bool = True,
+    seed: int = 0,
+    source: str = "",
+) -> Result:
+    """Prune a model to a budget, and measure what came of it.
+
+    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); latency and MACs are taken on them.
+    pattern, budget, criterion, allocate: see the modules of those names; the first two in their notations.
+    task: data, loss and score; with it batch norms are recalibrated, accuracy is measured on the test split, and the
+        model is fine-tuned for ``epochs`` with distillation from the dense one.
+    ignore, overrides: globs over weights and axes to leave alone, or to prune by a part of their own.
+    inplace: change ``model`` itself, at the very end, after everything else has succeeded.
+    verify: hold a shrunk model to the law that removing is zeroing, on the example inputs.
+    source: where the model comes from, noted for ``save``.
+
+    Raises PruneError's children, each saying what was found and what to do; the model is then as it was.
+    """
+    wish = parse_budget(budget) if budget is not None else None
+    if wish is not None and wish.kind == "max_drop":
+        raise SpecError(f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs")
+    if epochs and task is None:
+        raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
+    graph = analyze(model, inputs)
+    wishes: dict[str, Any] = {"pattern": pattern, "criterion": criterion, "allocate": allocate, "task": task}
+    wishes |= {"ignore": ignore, "overrides": overrides, "seed": seed}
+    if wish is not None and wish.kind == "latency" and isinstance(patterns.parse(pattern), patterns.Channel):
+        chosen = _meet_latency(model, graph, wish, wishes)
+    else:
+        chosen = make(model, graph, budget=budget, **wishes)
+    done = carry_out(model, chosen, verify=verify) if chosen.units else _masked(model, chosen)
+    if inplace and done.form != "module":
+        raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
+    log = _Log(model, graph, chosen, done, task)
+    small = _recover(done.model, model, log, task, chosen, epochs, {"lr": lr, "amp": amp, "patience": patience, "seed": seed})
+    report = log.report(small)
+    if inplace:
+        resize_(model, chosen.slices)
+        model.load_state_dict(small.state_dict())
+        small = model
+    return Result(small, chosen, report, inputs, done.form, source)
+
+
+def export(model: nn.Module, inputs: Any, target: str, folder: Path | str) -> Path:
+    """Write ``model`` for another runtime, checked against eager PyTorch on the inputs; returns the file's path.
+
+    target: "onnx". Raises SpecError for another one, TargetError where the runtime disagrees.
+    """
+    if target != "onnx":
+        raise SpecError(f"target {target!r} is unknown; expected 'onnx'")
+    return export_onnx(model, inputs, Path(folder))
+
+
+def _masked(model: nn.Module, chosen: Plan) -> Shrunk:
+    masked = mask(model, chosen)
+    run(masked, chosen.graph.inputs if chosen.graph else None)
+    return Shrunk(masked, "module", "", None)
+
+
+def _recover(
+    small: nn.Module,
+    dense: nn.Module,
+    log: _Log,
+    task: Task | None,
+    chosen: Plan,
+    epochs: int,
+    options: Mapping[str, Any],
+) -> nn.Module:
+    log.stage("pruned", small)
+    if task is None:
+        return small
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None for m in small.modules()):
+        recalibrate_(small, (inputs for inputs, _ in batches(task, "calibration", small)))
+        log.stage("recalibrated", small)
+    if epochs:
+        small, _ = recover(small, task, epochs=epochs, plan=chosen, teacher=dense, **options)
+        log.stage("recovered", small)
+    return small
+
+
+# --- latency ---------------------------------------------------------------------------------------
+
+_STEPS = 7
+_SECONDS = 0.6
+
+
+def _meet_latency(model: nn.Module, graph: Graph, wish: Budget, wishes: Mapping[str, Any]) -> Plan:
+    """The plan with the most MACs whose shrunk model, measured here in turns with the dense one, meets the wish."""
+
+    def attempt(part: float) -> tuple[Plan, float]:
+        chosen = make(model, graph, budget=f"macs={100 * part:.4f}%", **wishes)
+        small = carry_out(model, chosen, verify=False).model
+        times = latency({"dense": model, "small": small}, graph.inputs, _SECONDS)
+        if wish.relative:
+            return chosen, times["small"].ratio(times["dense"]).value
+        return chosen, times["small"].spread.value
+
+    limit = float(wish.value)
+    low, high = _least_macs(model, graph, wishes), 1.0
+    best, nearest = attempt(low)
+    if nearest > limit:
+        unit = "of the dense model's time" if wish.relative else "ms"
+        value = f"{nearest:.1%}" if wish.relative else f"{nearest:.3g}"
+        raise BudgetError(
+            f"{wish} cannot be met on this machine: at the fewest units, {low:.1%} of the MACs, the model takes {value} "
+            f"{unit}; that is the nearest possible",
+            nearest if wish.relative else None,
+        )
+    for _ in track(range(_STEPS), "Measuring latency"):
+        middle = (low * high) ** 0.5
+        chosen, found = attempt(middle)
+        if found <= limit:
+            low, best = middle, chosen
+        else:
+            high = middle
+    return replace(best, budget=str(wish))
+
+
+def _least_macs(model: nn.Module, graph: Graph, wishes: Mapping[str, Any]) -> float:
+    try:
+        make(model, graph, budget="macs=0.0001%", **wishes)
+    except BudgetError as error:
+        if error.nearest is not None:
+            return min(1.0, error.nearest + 1e-5)
+        raise
+    return 1e-6
+
+
+# --- report ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Log:
+    """What is measured on the way."""
+
+    dense: nn.Module
+    graph: Graph
+    plan: Plan
+    done: Shrunk
+    task: Task | None
+    rows: list[Row] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.before: Scores | None = None
+        self.costs = measure(self.dense, self.graph.inputs)
+        self.stage("dense", self.dense)
+
+    def stage(self, name: str, model: nn.Module) -> None:
+        """One row: what the model is now, and how well it does on the test split."""
+        accuracy = drop = None
+        if self.task is not None:
+            scores = evaluate(model, self.task, "test")
+            accuracy = proportion(scores)
+            if self.before is None:
+                self.before = scores
+            else:
+                drop = paired_difference(self.before, scores)
+        if name == "pruned":
+            self.costs = measure(model, self.graph.inputs, {"dense": self.dense})
+        self.rows.append(_row(name, self.costs, model, accuracy, drop))
+
+    def report(self, small: nn.Module) -> Report:
+        kind = type(self.dense).__name__
+        return Report(
+            title=f"{kind}, {self.plan.pattern}, {self.plan.budget or 'no budget'}",
+            rows=tuple(self.rows),
+            layers=tuple(_layers(self.graph, self.plan)),
+            frozen=tuple(Frozen(a.name, a.units, a.frozen) for a in self.graph.axes if a.frozen),
+            law=self.done.law,
+            meta={**self.plan.meta, **_machine(), **self._how()},
+            notes=tuple(self._notes()),
+        )
+
+    def _how(self) -> dict[str, str | int]:
+        ratio = self.costs.ratios["dense"]
+        return {
+            "pattern": self.plan.pattern,
+            "budget": self.plan.budget,
+            "form": self.done.form,
+            "why": self.done.why,
+            "latency ratio": f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        }
+
+    def _notes(self) -> Iterable[str]:
+        if self.done.form == "program":
+            yield (
+                "The result is the exported program rewritten with the new sizes, because "
+                f"{self.done.why}. Parameter names are the same; outside norms and dropout it behaves as in evaluation mode."
+            )
+        if self.plan.masks:
+            yield (
+                "Zeros in dense tensors take the same time and bytes as other values on this machine: the latency "
+                "and size here are those of the dense format."
+            )
+        pattern = patterns.parse(self.plan.pattern)
+        for name, weight in self.graph.weights.items():
+            if self.plan.masks and (why := patterns.why_not(pattern, weight)):
+                yield f"{name} stays dense: it {why}."
+
+
+def _row(name: str, costs: Measurement, model: nn.Module, accuracy: Interval | None, drop: Interval | None) -> Row:
+    return Row(
+        stage=name,
+        params=costs.params,
+        nonzero=sum(int(p.count_nonzero()) for p in model.parameters()),
+        macs=costs.macs,
+        bytes=costs.bytes,
+        accuracy=accuracy,
+        drop=drop,
+        latency=costs.latency.spread,
+        memory=costs.memory,
+    )
+
+
+def _layers(graph: Graph, chosen: Plan) -> Iterable[Layer]:
+    for name, weight in graph.weights.items():
+        after = list(weight.shape)
+        for dim, flags in chosen.slices.get(name, {}).items():
+            after[dim] = int(flags.sum())
+        kept = float(chosen.masks[name].double().mean()) if name in chosen.masks else 1.0
+        for new, old in zip(after, weight.shape, strict=True):
+            kept *= new / old
+        yield Layer(name, weight.shape, tuple(after), kept, weight.macs)
+
+
+def _machine() -> dict[str, str | int]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "secateur": metadata.version("secateur"),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+__all__ = ["Law", "Result", "export", "plan", "prune"]

@@ -1,0 +1,380 @@
+"""The command line. Parses words, calls the library, prints; torch is loaded only once a command runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+from secateur.errors import MissingExtra, PruneError, SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.graph import Axis, Graph
+    from secateur.report import Report, Row
+    from secateur.tasks import Task
+
+
+class _Commands(TyperGroup):
+    """Turns a user's mistake into one line on stderr and exit code 2; ``--debug`` gives the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PruneError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"secateur: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+SHOWN = 5
+"""Frozen axes that a summary lists; the report has all."""
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="timm:NAME, torchvision:NAME, hf:PATH_OR_ID, package.module:factory, ./file.py:factory, "
+        "or a directory that prune wrote.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA",
+        help="digits, a folder of class folders of images, an .npz, module:factory or file.py:factory.",
+    ),
+]
+Input = Annotated[
+    str | None,
+    typer.Option(metavar="1x3x32x32", help="Shape of a random example input; else the first of DATA."),
+]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", help="The dense model, where MODEL is a directory whose class only you have."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"secateur {metadata.version('secateur')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Prune any PyTorch model to a budget you name, and prove what you got."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.")] = Path("secateur-demo"),
+    as_json: Json = False,
+) -> None:
+    """Train, prune, recover, export and report a small network on handwritten digits."""
+    from secateur.demo import run
+
+    _show(run(out), as_json, out)
+
+
+@app.command()
+def inspect(
+    model: Model, input: Input = None, data: Data = None, dense: Dense = None, as_json: Json = False
+) -> None:
+    """Show what can be removed from a model, and why the rest cannot."""
+    from secateur.graph import analyze
+
+    net, example, _ = _load(model, dense, input, data)
+    graph = analyze(net, example)
+    rows = [
+        {"axis": a.name, "units": a.units, "frozen": a.frozen, "parameters": _parameters(net, a)}
+        for a in graph.axes
+    ]
+    cost = graph.cost()
+    if as_json:
+        weights = [{"weight": w.name, "shape": w.shape, "macs": w.macs} for w in graph.weights.values()]
+        typer.echo(
+            json.dumps({"params": cost.params, "macs": cost.macs, "axes": rows, "weights": weights}, indent=1)
+        )
+    else:
+        _show_graph(graph, rows)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model, plan and report go.")],
+    data: Data = None,
+    input: Input = None,
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, 2:4, block:4x1, channel or channel/8.")
+    ] = "channel",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="sparsity=90%, params=50%, macs=50%, size=10MB, latency=50%, latency=5ms or threshold=1e-3. "
+            "Patterns such as 2:4 need none."
+        ),
+    ] = None,
+    criterion: Annotated[
+        str, typer.Option(help="magnitude, l2, random, bn_scale, taylor or module:function.")
+    ] = "magnitude",
+    allocate: Annotated[str, typer.Option(help="global, uniform or module:function.")] = "global",
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Weights or axes to leave alone; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
+    recalibrate: Annotated[bool, typer.Option(help="Recompute batch-norm statistics.")] = True,
+    verify: Annotated[bool, typer.Option(help="Check that removing equals zeroing.")] = True,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Prune a model to a budget, recover it, and write the model with its report."""
+    import secateur as sc
+
+    net, example, task = _load(model, None, input, data)
+    result = sc.prune(
+        net,
+        example,
+        pattern=pattern,
+        budget=budget,
+        criterion=criterion,
+        allocate=allocate,
+        task=task,
+        ignore=tuple(ignore or ()),
+        overrides=dict(map(_part, override or ())),
+        epochs=epochs,
+        recalibrate=recalibrate,
+        verify=verify,
+        seed=seed,
+    )
+    sc.save(result, out)
+    _write(result.report, out)
+    _show(result.report, as_json, out)
+
+
+@app.command()
+def bench(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A model to measure side by side, such as the dense one."),
+    ] = None,
+    input: Input = None,
+    data: Data = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Measure size, latency, memory and, given data, accuracy; side by side with another model."""
+    from secateur import recipe
+    from secateur.report import Report
+
+    net, example, task = _load(model, against, input, data)
+    models = {model: net}
+    if against is not None:
+        models = {against: recipe.load_model(against), model: net}
+    rows, notes = _measured(models, example, task, seconds)
+    _show(Report(f"Measured: {model}", rows, notes=notes), as_json, None)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the exported model goes.")],
+    target: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    dense: Dense = None,
+    input: Input = None,
+    data: Data = None,
+) -> None:
+    """Export a model for a runtime, checked there against eager PyTorch."""
+    import secateur as sc
+
+    net, example, _ = _load(model, dense, input, data)
+    typer.echo(sc.export(net, example, target, out))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that prune wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Show a report again, and write its HTML page anew from report.json."""
+    from secateur.errors import DataError
+    from secateur.report import Report
+
+    source = folder / "report.json"
+    if not source.is_file():
+        raise DataError(f"{source} is not there; expected a directory that `secateur prune --out DIR` wrote")
+    found = Report.from_json(source.read_text(encoding="utf-8"))
+    _write(found, folder)
+    _show(found, as_json, folder)
+
+
+def main() -> None:
+    app()
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def _load(
+    model: str, dense: str | None, input: str | None, data: str | None
+) -> tuple[nn.Module, Any, Task | None]:
+    """The model, example inputs of one example, and the task."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_map
+
+    from secateur import datasets, recipe, store
+
+    saved = Path(model).is_dir()
+    net = (
+        store.load(model, recipe.load_model(dense) if dense else None) if saved else recipe.load_model(model)
+    )
+    shape = recipe.example_input(input) if input else None
+    task = datasets.load(data, shape.shape[-1] if shape is not None else None) if data else None
+    if shape is not None:
+        return net, shape, task
+    if task is not None:
+        first, _ = next(iter(task.batches("calibration")))
+        return net, tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, first), task
+    if saved:
+        return net, store.saved_inputs(model), task
+    raise SpecError("no example input; give its shape as --input 1x3x32x32, or --data")
+
+
+def _part(text: str) -> tuple[str, float]:
+    """``layer1.*=30%`` as a glob and a fraction."""
+    glob, equals, part = text.rpartition("=")
+    try:
+        value = float(part.removesuffix("%")) / (100 if part.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not (equals and glob and 0 <= value < 1):
+        raise SpecError(f"override {text!r} cannot be read; expected GLOB=PART, such as 'layer1.*=30%'")
+    return glob, value
+
+
+def _parameters(model: nn.Module, axis: Axis) -> int:
+    """How many parameters belong to the axis's units: what is in their rows, columns and entries."""
+    spared: dict[str, float] = {}
+    for member in axis.members:
+        outside = float((member.units < 0).mean())
+        spared[member.tensor] = spared.get(member.tensor, 1.0) * outside
+    return sum(round(p.numel() * (1 - spared.get(n, 1.0))) for n, p in model.named_parameters())
+
+
+def _measured(
+    models: dict[str, nn.Module], inputs: Any, task: Task | None, seconds: float
+) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    """A row for each model, and how their times compare."""
+    from secateur.measure import measure
+    from secateur.report import Row
+    from secateur.tasks import evaluate, paired_difference, proportion
+
+    scores = {name: evaluate(net, task, "test") for name, net in models.items()} if task else {}
+    first, rows, notes = next(iter(models)), [], []
+    for name, net in models.items():
+        found = measure(net, inputs, {n: m for n, m in models.items() if n != name}, seconds / len(models))
+        rows.append(
+            Row(
+                stage=name,
+                params=found.params,
+                nonzero=found.nonzero,
+                macs=found.macs,
+                bytes=found.bytes,
+                accuracy=proportion(scores[name]) if task else None,
+                drop=paired_difference(scores[first], scores[name]) if task and name != first else None,
+                latency=found.latency.spread,
+                memory=found.memory,
+            )
+        )
+        if name != first:
+            ratio = found.ratios[first]
+            notes.append(
+                f"{name} takes {ratio.value:.2f} of the time of {first} ({ratio.low:.2f} to {ratio.high:.2f})"
+            )
+    return tuple(rows), tuple(notes)
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def _write(report: Report, folder: Path) -> None:
+    from secateur.files import write_atomic
+
+    write_atomic(folder / "report.json", report.to_json())
+    try:
+        report.save_html(folder / "report.html")
+    except MissingExtra as error:
+        typer.echo(f"secateur: {error}", err=True)
+
+
+def _show(report: Report, as_json: bool, folder: Path | None) -> None:
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+        return
+    from secateur.report.html import count, duration, percent, size
+
+    table = Table("", title=escape(report.title), title_justify="left")
+    for heading in ("accuracy", "parameters", "nonzero", "MACs", "file", "latency", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            escape(row.stage),
+            percent(row.accuracy.value) if row.accuracy else "–",
+            count(row.params),
+            count(row.nonzero),
+            "–" if row.macs is None else count(row.macs),
+            size(row.bytes),
+            duration(row.latency.value) if row.latency else "–",
+            "–" if row.memory is None else size(row.memory),
+        )
+    Console().print(table)
+    if report.law:
+        typer.echo(f"Removing is zeroing: relative error {report.law.error:.1e} against {report.law.oracle}")
+    for frozen in report.frozen[:SHOWN]:
+        typer.echo(f"Frozen: {frozen.axis} ({frozen.units} units): {frozen.reason}")
+    if len(report.frozen) > SHOWN:
+        typer.echo(f"Frozen: {len(report.frozen) - SHOWN} more; the report lists them")
+    for note in report.notes:
+        typer.echo(note)
+    if folder is not None:
+        typer.echo(f"Written to {folder}")
+
+
+def _show_graph(graph: Graph, rows: list[dict[str, Any]]) -> None:
+    from secateur.report.html import count
+
+    cost, free = graph.cost(), len(graph.free)
+    table = Table("axis", "units", "parameters", "")
+    for row in rows:
+        state = f"frozen: {escape(row['frozen'])}" if row["frozen"] else "free"
+        table.add_row(escape(row["axis"]), str(row["units"]), count(row["parameters"]), state)
+    Console().print(table)
+    typer.echo(
+        f"{len(graph.weights)} weights, {count(cost.params)} parameters, {count(cost.macs)} MACs; "
+        f"{free} of {len(rows)} axes are free"
+    )

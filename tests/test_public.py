@@ -13,7 +13,7 @@ import secateur
 NAMES = """
     Classification Plan PruneError Report analyze export keep_zeros load mask mask_ measure plan prune
     recalibrate_ recover save shrink shrink_
-""".split()
+""".split()  # noqa: SIM905
 
 SHARED = ("measure", "plan", "recover")
 """Public functions that share their name with the module they live near."""
@@ -64,7 +64,7 @@ assert "torch" not in sys.modules
 
 @pytest.mark.parametrize("name", SHARED)
 def test_a_function_stays_in_front_of_the_module_of_its_name(name: str) -> None:
-    check = "import inspect; assert inspect.isfunction(secateur.{0}), secateur.{0}".format(name)
+    check = f"import inspect; assert inspect.isfunction(secateur.{name}), secateur.{name}"
     python(f"import secateur; secateur.{name}; import secateur.{name}; {check}")
     python(f"import secateur, secateur.{name}; {check}")
     python(f"import secateur; from secateur.{name} import *; {check}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,7 +146,6 @@ def prune(
         typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
-    recalibrate: Annotated[bool, typer.Option(help="Recompute batch-norm statistics.")] = True,
     verify: Annotated[bool, typer.Option(help="Check that removing equals zeroing.")] = True,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
@@ -167,12 +165,11 @@ def prune(
         ignore=tuple(ignore or ()),
         overrides=dict(map(_part, override or ())),
         epochs=epochs,
-        recalibrate=recalibrate,
         verify=verify,
         seed=seed,
+        source=model,
     )
     sc.save(result, out)
-    _write(result.report, out)
     _show(result.report, as_json, out)
 
 
@@ -336,7 +333,7 @@ def _show(report: Report, as_json: bool, folder: Path | None) -> None:
     if as_json:
         typer.echo(report.to_json(), nl=False)
         return
-    from secateur.report.html import count, duration, percent, size
+    from secateur.report.html import count, duration, size
 
     table = Table("", title=escape(report.title), title_justify="left")
     for heading in ("accuracy", "parameters", "nonzero", "MACs", "file", "latency", "memory"):
@@ -344,13 +341,13 @@ def _show(report: Report, as_json: bool, folder: Path | None) -> None:
     for row in report.rows:
         table.add_row(
             escape(row.stage),
-            percent(row.accuracy.value) if row.accuracy else "–",
+            f"{row.accuracy.value:.1%}" if row.accuracy else "-",
             count(row.params),
             count(row.nonzero),
-            "–" if row.macs is None else count(row.macs),
+            "-" if row.macs is None else count(row.macs),
             size(row.bytes),
-            duration(row.latency.value) if row.latency else "–",
-            "–" if row.memory is None else size(row.memory),
+            duration(row.latency.value) if row.latency else "-",
+            "-" if row.memory is None else size(row.memory),
         )
     Console().print(table)
     if report.law:

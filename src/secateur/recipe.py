@@ -22,7 +22,6 @@ PUBLIC = ("timm:", "torchvision:", "hf:")
 """Sources that run no code of the user's; the only ones that a saved directory may name."""
 
 
-
 def load_model(spec: str) -> nn.Module:
     """The dense model that ``spec`` names, in evaluation mode: one of the ``FORMS``.
 

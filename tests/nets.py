@@ -51,8 +51,9 @@ def residual():
     def body(s, x):
         x = s.stem(x)
         x = x + s.b(F.relu(s.a(x)))
-        x += s.d(F.relu(s.c(x)))
-        return s.tail(x)
+        y = s.d(F.relu(s.c(x)))
+        y += x
+        return s.tail(y)
 
     return Net(body, stem=conv(3, 8), a=conv(8, 6), b=conv(6, 8), c=conv(8, 10), d=conv(10, 8), tail=tail(8))
 

@@ -83,6 +83,13 @@ def test_a_damaged_archive_is_named(tmp_path, content):
         datasets.load(str(tmp_path / "a.npz"))
 
 
+def test_a_single_array_is_no_archive(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DataError, match=r"a\.npz cannot be read as an \.npz file"):
+        datasets.load(str(tmp_path / "a.npz"))
+
+
 def test_what_is_not_there_is_named():
     with pytest.raises(DataError, match=r"nowhere\.npz cannot be read.*No such file"):
         datasets.load("nowhere.npz")
@@ -135,7 +142,7 @@ def test_an_undecodable_image_is_named(folder):
 
 def test_a_folder_without_classes_or_images_is_named(folder):
     (folder / "green").mkdir()
-    with pytest.raises(DataError, match="green holds no images; expected files ending in .bmp"):
+    with pytest.raises(DataError, match=r"green holds no images; expected files ending in \.bmp"):
         datasets.load(str(folder))
     with pytest.raises(DataError, match="red has no folders; expected one per class"):
         datasets.load(str(folder / "red"))
@@ -143,7 +150,7 @@ def test_a_folder_without_classes_or_images_is_named(folder):
 
 def test_a_function_of_the_user_gives_the_task(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from secateur.datasets import digits\n\ndef task():\n    return digits()\n\ndef number():\n    return 3\n"
+        "from secateur.datasets import digits as task\n\ndef number():\n    return 3\n"
     )
     assert isinstance(datasets.load(f"{tmp_path}/mine.py:task"), Classification)
     assert isinstance(datasets.load("secateur.datasets:digits"), Classification)

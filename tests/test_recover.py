@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.allocate import Allocation
 from secateur.errors import DataError
+from secateur.plan import Plan
 from secateur.recover import distillation_loss, recalibrate_, recover
 from secateur.recover.finetune import _rate
 from secateur.tasks import Classification, evaluate
@@ -36,6 +38,13 @@ def state(model):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def make_plan(masks=None, units=None):
+    kept = {name: int(keep.sum()) for name, keep in (masks or units).items()}
+    total = {name: keep.numel() for name, keep in (masks or units).items()}
+    shapes = {name: tuple(keep.shape) for name, keep in (masks or {}).items()}
+    return Plan("unstructured", "", Allocation(kept, total), masks or {}, units or {}, {}, shapes, {})
 
 
 # recalibrate_
@@ -181,9 +190,7 @@ def test_masked_weights_stay_zero():
     mask = torch.rand(16, 4) < 0.5
     with torch.no_grad():
         model[0].weight.masked_fill_(~mask, 0.0)
-    plan = SimpleNamespace(
-        masks={"0.weight": mask}, units={}, slices={}, shapes={"0.weight": (16, 4)}, tensors=("0.weight",)
-    )
+    plan = make_plan(masks={"0.weight": mask})
     better, _ = recover(model, task(), epochs=2, plan=plan)
     assert (better[0].weight[~mask] == 0).all()
     assert (better[0].weight[mask] != 0).all()
@@ -191,7 +198,7 @@ def test_masked_weights_stay_zero():
 
 
 def test_a_plan_of_channels_asks_for_nothing():
-    plan = SimpleNamespace(masks={}, units={"a": torch.ones(3, dtype=torch.bool)})
+    plan = make_plan(units={"a": torch.ones(3, dtype=torch.bool)})
     plain, with_plan = (recover(network(), task(), epochs=1, plan=p)[0] for p in (None, plan))
     assert same(state(plain), state(with_plan))
 

@@ -54,7 +54,7 @@ def load(spec: str, input_size: int | None = None) -> Task:
 
 
 def digits() -> Classification:
-    """Handwritten digits, 1797 images of shape (1, 8, 8) in 0 to 1 and ten classes (Alpaydin and Kaynak 1998).
+    """1797 handwritten digits of shape (1, 8, 8) in 0 to 1, ten classes (Alpaydin and Kaynak 1998).
 
     They come with scikit-learn, so nothing is downloaded. Raises MissingExtra without it.
     """
@@ -75,9 +75,9 @@ def archive(path: Path) -> Classification:
     indices. Raises DataError where the file is missing, damaged, pickled or has other arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from error
     if {"x", "y"} == set(arrays):
         return _split(*_pair(path, arrays, ""))
@@ -88,7 +88,8 @@ def archive(path: Path) -> Classification:
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; "
             f"expected x and y, or {', '.join(sorted(needed))}"
         )
-    return Classification(**{s: _pair(path, arrays, f"_{s}") for s in SPLITS if f"x_{s}" in arrays})
+    pairs: dict[str, Any] = {s: _pair(path, arrays, f"_{s}") for s in SPLITS if f"x_{s}" in arrays}
+    return Classification(**pairs)
 
 
 def _pair(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,8 @@ def _pair(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[
         )
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise DataError(
-            f"{path}: y{suffix} is of type {y.dtype} and shape {y.shape}, expected one class index per example"
+            f"{path}: y{suffix} is of type {y.dtype} and shape {y.shape}, "
+            "expected one class index per example"
         )
     scale = 255 if x.dtype == np.uint8 else 1
     return torch.from_numpy(x.astype(np.float32) / scale), torch.from_numpy(y.astype(np.int64))
@@ -178,7 +180,8 @@ def _decode(path: Path, size: int) -> Tensor:
 def _split(x: Tensor, y: Tensor) -> Classification:
     if len(x) != len(y):
         raise DataError(f"x holds {len(x)} examples and y {len(y)}; expected as many of both")
-    return Classification(**{name: (x[rows], y[rows]) for name, rows in _parts(len(x)).items()})
+    parts: dict[str, Any] = {name: (x[rows], y[rows]) for name, rows in _parts(len(x)).items()}
+    return Classification(**parts)
 
 
 def _parts(n: int) -> dict[str, Tensor]:

@@ -50,8 +50,8 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"expected a torch.nn.Module, found {type(model).__name__}; pass the model itself")
-    args, kwargs = example_args(inputs)
-    shapes = _batch_shapes(args, kwargs) if dynamic_batch else None
+    args, kwargs = example_args(_at_least_two(inputs) if dynamic_batch else inputs)
+    shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -70,14 +70,21 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
     return module
 
 
-def _batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    def shape(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim() and x.shape[0] > 1:
-            return {0: torch.export.Dim.AUTO}
-        return None
+def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Dimension 0 of every input tensor left open, except where it is 1: that one is broadcast, or no batch."""
+    shapes = torch.export.ShapesCollection()
+    for value in torch.utils._pytree.tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1:
+            shapes[value] = {0: torch.export.Dim.AUTO}
+    return shapes.dynamic_shapes(model, args, kwargs)
 
-    spec = torch.utils._pytree.tree_map(shape, (args, kwargs))
-    return [*spec[0], *spec[1].values()]
+
+def _at_least_two(inputs: Any) -> Any:
+    """Inputs that are all batches of one are doubled: export takes a size of 1 for a constant."""
+    tensors = [v for v in torch.utils._pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
+    if any(v.dim() == 0 or v.shape[0] != 1 for v in tensors):
+        return inputs
+    return torch.utils._pytree.tree_map(lambda v: torch.cat([v, v]) if isinstance(v, Tensor) else v, inputs)
 
 
 def describe(inputs: Any) -> str:

@@ -47,10 +47,13 @@ class _Change:
     before: float
     after: float
     form: Callable[[float], str]
+    noise: bool = False
 
     @property
     def words(self) -> str:
         ratio = self.after / self.before
+        if self.noise:
+            return "no difference beyond the spread"
         if 0.995 <= ratio <= 1.005:
             return "unchanged"
         if self.label == "Latency":
@@ -74,7 +77,14 @@ def _changes(report: Report) -> Iterator[_Change]:
         before, *after = [read(row) for row in rows] or [None]
         measured = [value for value in after if value]
         if before and measured:
-            yield _Change(label, before, measured[-1], form)
+            noise = label == "Latency" and _overlap([row.latency for row in rows if row.latency])
+            yield _Change(label, before, measured[-1], form, noise)
+
+
+def _overlap(times: list[Interval]) -> bool:
+    """Whether the first and the last median each lie within the other's spread."""
+    a, b = times[0], times[-1]
+    return a.low <= b.value <= a.high and b.low <= a.value <= b.high
 
 
 def _last(report: Report, field: str) -> Any:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from secateur.errors import MissingExtra, PruneError, SpecError
+from secateur.errors import PruneError, SpecError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,6 +146,8 @@ def prune(
         typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
+    lr: Annotated[float, typer.Option(help="Highest learning rate of the epochs.")] = 0.01,
+    amp: Annotated[bool, typer.Option("--amp", help="Fine-tune in bfloat16 where that is safe.")] = False,
     verify: Annotated[bool, typer.Option(help="Check that removing equals zeroing.")] = True,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
@@ -165,6 +167,8 @@ def prune(
         ignore=tuple(ignore or ()),
         overrides=dict(map(_part, override or ())),
         epochs=epochs,
+        lr=lr,
+        amp=amp,
         verify=verify,
         seed=seed,
         source=model,
@@ -226,7 +230,7 @@ def report(
     if not source.is_file():
         raise DataError(f"{source} is not there; expected a directory that `secateur prune --out DIR` wrote")
     found = Report.from_json(source.read_text(encoding="utf-8"))
-    _write(found, folder)
+    found.save_html(folder / "report.html")
     _show(found, as_json, folder)
 
 
@@ -309,7 +313,7 @@ def _measured(
             )
         )
         if name != first:
-            ratio = found.ratios[first]
+            ratio = found.latency.ratio(found.against[first])
             notes.append(
                 f"{name} takes {ratio.value:.2f} of the time of {first} ({ratio.low:.2f} to {ratio.high:.2f})"
             )
@@ -319,35 +323,26 @@ def _measured(
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def _write(report: Report, folder: Path) -> None:
-    from secateur.files import write_atomic
-
-    write_atomic(folder / "report.json", report.to_json())
-    try:
-        report.save_html(folder / "report.html")
-    except MissingExtra as error:
-        typer.echo(f"secateur: {error}", err=True)
-
-
 def _show(report: Report, as_json: bool, folder: Path | None) -> None:
     if as_json:
         typer.echo(report.to_json(), nl=False)
         return
     from secateur.report.html import count, duration, size
 
-    table = Table("", title=escape(report.title), title_justify="left")
-    for heading in ("accuracy", "parameters", "nonzero", "MACs", "file", "latency", "memory"):
+    sparse = any(row.nonzero != row.params for row in report.rows)
+    table = Table(title=escape(report.title), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("accuracy", "nonzero" if sparse else "parameters", "MACs", "file", "latency", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
             escape(row.stage),
-            f"{row.accuracy.value:.1%}" if row.accuracy else "-",
-            count(row.params),
-            count(row.nonzero),
-            "-" if row.macs is None else count(row.macs),
+            f"{row.accuracy.value:.1%}" if row.accuracy else "",
+            count(row.nonzero if sparse else row.params),
+            "" if row.macs is None else count(row.macs),
             size(row.bytes),
-            duration(row.latency.value) if row.latency else "-",
-            "-" if row.memory is None else size(row.memory),
+            duration(row.latency.value) if row.latency else "",
+            "" if row.memory is None else size(row.memory),
         )
     Console().print(table)
     if report.law:
@@ -375,3 +370,7 @@ def _show_graph(graph: Graph, rows: list[dict[str, Any]]) -> None:
         f"{len(graph.weights)} weights, {count(cost.params)} parameters, {count(cost.macs)} MACs; "
         f"{free} of {len(rows)} axes are free"
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -66,7 +66,7 @@ class Measurement:
     Tied parameters count once. ``macs`` are multiply-adds on the inputs given (None where the model
     cannot be traced), ``bytes`` the size as a safetensors file, ``memory`` the peak of live tensor
     bytes during one call: weights, inputs and activations, without the scratch space inside kernels
-    on a CPU. ``ratios`` are this latency over that of each model it was measured against.
+    on a CPU. ``against`` holds the latency of each model that was timed in turns with this one.
     """
 
     params: int
@@ -75,7 +75,7 @@ class Measurement:
     bytes: int
     latency: Latency
     memory: int
-    ratios: Mapping[str, Interval] = field(default_factory=dict)
+    against: Mapping[str, Latency] = field(default_factory=dict)
 
 
 def measure(
@@ -95,7 +95,7 @@ def measure(
         bytes=file_bytes(model),
         latency=times[""],
         memory=peak_memory(model, inputs),
-        ratios={name: times[""].ratio(times[name]) for name in others},
+        against={name: times[name] for name in others},
     )
 
 

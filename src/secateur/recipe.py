@@ -141,9 +141,6 @@ def _hf(name: str) -> nn.Module:
 
 _SOURCES: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}
 
-PUBLIC = tuple(f"{kind}:" for kind in _SOURCES)
-"""How a source starts that names a model without running code of the user's."""
-
 
 def _package(name: str, extra: str, purpose: str) -> Any:
     try:

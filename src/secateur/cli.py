@@ -260,7 +260,7 @@ def _load(
         return net, shape, task
     if task is not None:
         first, _ = next(iter(task.batches("calibration")))
-        return net, tree_map(lambda v: v[:1] if isinstance(v, Tensor) else v, first), task
+        return net, tree_map(lambda v: v[:1].clone() if isinstance(v, Tensor) else v, first), task
     if saved:
         return net, store.saved_inputs(model), task
     raise SpecError("no example input; give its shape as --input 1x3x32x32, or --data")

@@ -35,9 +35,7 @@ def data_folder() -> Path:
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SECATEUR_DATA", default))
     if not folder.is_dir():
-        raise DataError(
-            f"the benchmark data are not at {folder}; set SECATEUR_DATA to the folder that holds them"
-        )
+        raise DataError(f"the benchmark data are not at {folder}; set SECATEUR_DATA to the folder that holds them")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Small networks, each with one structure that a pruner can get wrong. Random weights, batch norms away from identity."""
+"""Small networks, each with one structure that a pruner can get wrong."""
 
 from __future__ import annotations
 
@@ -140,17 +140,26 @@ def depth_multiplier():
 
 
 def grouped():
-    return nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 16, groups=4), nn.BatchNorm2d(16), conv(16, 8, groups=2), tail(8))
+    return nn.Sequential(
+        conv(3, 12), nn.ReLU(), conv(12, 16, groups=4), nn.BatchNorm2d(16), conv(16, 8, groups=2), tail(8)
+    )
 
 
 def transposed():
     return nn.Sequential(
-        conv(3, 8), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.ConvTranspose2d(6, 12, 3, groups=3), conv(12, 4)
+        conv(3, 8),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 2, 2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 12, 3, groups=3),
+        conv(12, 4),
     )
 
 
 def flatten_to_linear():
-    return nn.Sequential(conv(3, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, 3))
+    return nn.Sequential(
+        conv(3, 6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 10), nn.ReLU(), nn.Linear(10, 3)
+    )
 
 
 def channels_last_flatten():
@@ -182,7 +191,12 @@ def layer_scale():
         return s.c(x + s.gamma * F.gelu(s.b(x)) * s.mask.view(1, -1, 1, 1))
 
     return Net(
-        body, a=conv(3, 8), b=conv(8, 8), c=conv(8, 4), gamma=nn.Parameter(torch.rand(8, 1, 1)), mask=torch.rand(8)
+        body,
+        a=conv(3, 8),
+        b=conv(8, 8),
+        c=conv(8, 4),
+        gamma=nn.Parameter(torch.rand(8, 1, 1)),
+        mask=torch.rand(8),
     )
 
 
@@ -204,7 +218,9 @@ def instance_norm():
 
 
 def layer_norms():
-    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 12), nn.RMSNorm(12), nn.Linear(12, 3))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 12), nn.RMSNorm(12), nn.Linear(12, 3)
+    )
 
 
 def shared_module():

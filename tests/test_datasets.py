@@ -149,9 +149,7 @@ def test_a_folder_without_classes_or_images_is_named(folder):
 
 
 def test_a_function_of_the_user_gives_the_task(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "from secateur.datasets import digits as task\n\ndef number():\n    return 3\n"
-    )
+    (tmp_path / "mine.py").write_text("from secateur.datasets import digits as task\n\ndef number():\n    return 3\n")
     assert isinstance(datasets.load(f"{tmp_path}/mine.py:task"), Classification)
     assert isinstance(datasets.load("secateur.datasets:digits"), Classification)
     with pytest.raises(DataError, match="number gave a int, expected a Task with batches, loss and scores"):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from nets import Net, build, conv, image
 from torch import nn
 from torch.nn import functional as F
 
+from nets import Net, build, conv, image
 from secateur.errors import SpecError, TraceError
 from secateur.graph import analyze
 
@@ -19,7 +19,13 @@ def test_a_residual_stream_is_one_axis_and_inner_widths_their_own():
     free = {name: a.units for name, a in found.items() if not a.frozen}
     assert free == {"stem": 8, "a": 6, "c": 10}
     stream = {(m.tensor, m.dim) for m in found["stem"].members}
-    assert {("stem.weight", 0), ("b.weight", 0), ("c.weight", 1), ("d.bias", 0), ("tail.2.weight", 1)} <= stream
+    assert {
+        ("stem.weight", 0),
+        ("b.weight", 0),
+        ("c.weight", 1),
+        ("d.bias", 0),
+        ("tail.2.weight", 1),
+    } <= stream
 
 
 def test_what_the_caller_sees_is_frozen_and_says_so():
@@ -115,7 +121,14 @@ def test_cost_after_removal_is_the_cost_of_the_smaller_network():
     flags = torch.ones(8, dtype=torch.bool).numpy()
     flags[:3] = False
     small = nn.Sequential(
-        conv(3, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 12), nn.PReLU(12), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
+        conv(3, 5),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        conv(5, 12),
+        nn.PReLU(12),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, 5),
     )
     expected = analyze(small, inputs).cost()
     found = graph.cost({"0": flags})
@@ -163,12 +176,12 @@ def test_a_model_that_cannot_be_captured_is_told_so():
         def forward(self, x):
             return self.a(x) if x.sum() > 0 else x
 
-    with pytest.raises(TraceError, match="cannot be captured by torch.export.*usual remedies"):
+    with pytest.raises(TraceError, match=r"cannot be captured by torch.export.*usual remedies"):
         analyze(Branch(), torch.randn(2, 4))
 
 
 def test_something_else_than_a_module_is_refused():
-    with pytest.raises(TraceError, match="expected a torch.nn.Module, found function"):
+    with pytest.raises(TraceError, match=r"expected a torch.nn.Module, found function"):
         analyze(lambda x: x, torch.randn(2))
 
 

@@ -1,5 +1,7 @@
 """The algebra of channels: sums, products and index maps, without any network."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -148,6 +150,6 @@ def test_a_product_that_would_contain_itself_freezes_instead_of_looping():
 def test_many_small_unions_stay_fast_enough_to_finish():
     labels = Labels()
     dims = [labels.fresh(512) for _ in range(200)]
-    for a, b in zip(dims, dims[1:], strict=False):
+    for a, b in itertools.pairwise(dims):
         labels.unite(a, b, WHY)
     assert (labels.resolve(dims[-1]) == labels.resolve(dims[0])).all()

@@ -90,9 +90,7 @@ class Fixed(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_model_that_cannot_be_captured_is_named(tmp_path):
-    with pytest.raises(
-        TargetError, match=r"Branch cannot be captured by torch.export on \(float32\[2, 3\]\)"
-    ):
+    with pytest.raises(TargetError, match=r"Branch cannot be captured by torch.export on \(float32\[2, 3\]\)"):
         export_onnx(Branch(), torch.randn(2, 3), tmp_path / "out", dynamic_batch=False)
     with pytest.raises(TargetError, match="needs dynamic_batch=False"):
         export_onnx(Fixed(), torch.randn(2, 3), tmp_path / "out")
@@ -102,9 +100,7 @@ def test_a_model_that_cannot_be_captured_is_named(tmp_path):
 
 def test_a_disagreement_is_refused_and_the_old_folder_stays(tmp_path):
     (tmp_path / "model.onnx").write_text("old")
-    with pytest.raises(
-        TargetError, match=r"differs from eager PyTorch by .* in output 0 on the example inputs"
-    ):
+    with pytest.raises(TargetError, match=r"differs from eager PyTorch by .* in output 0 on the example inputs"):
         export_onnx(Net(), torch.randn(2, 3, 6, 6), tmp_path, tolerance=-1.0)
     assert (tmp_path / "model.onnx").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]

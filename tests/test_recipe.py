@@ -78,9 +78,7 @@ def test_what_cannot_be_used_is_told(file: Path, spec: str, message: str, torchv
 
 def test_a_file_that_fails_is_told_and_tried_again(file: Path) -> None:
     file.write_text("import no_such_thing\n")
-    with pytest.raises(
-        SpecError, match=r"some_nets.py could not be loaded: ModuleNotFoundError.*no_such_thing"
-    ):
+    with pytest.raises(SpecError, match=r"some_nets.py could not be loaded: ModuleNotFoundError.*no_such_thing"):
         load_callable(f"{file}:net")
     file.write_text(FILE)
     assert load_callable(f"{file}:number")() == 3

@@ -150,9 +150,7 @@ def test_strings_of_the_user_stay_text(save):
 
 
 def test_zeros_are_said_to_save_nothing(save):
-    text = bare(
-        save(Report("masked", (Row("dense", 1000, 1000, 5, 4000), Row("pruned", 1000, 100, 5, 4000))))
-    )
+    text = bare(save(Report("masked", (Row("dense", 1000, 1000, 5, 4000), Row("pruned", 1000, 100, 5, 4000)))))
     assert "nonzero parameters 90.0% less" in text
     assert "file unchanged" in text
     assert "multiply-adds unchanged" in text

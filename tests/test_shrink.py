@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from nets import NETS, Net, build, conv, image
 from torch import nn
 from torch.nn import functional as F
 
+from nets import NETS, Net, build, conv, image
 from secateur.apply.shrink import carry_out, relative_error, shrink, shrink_
 from secateur.errors import LawError, PlanError
 from secateur.graph import analyze
@@ -158,8 +158,8 @@ def test_mask_plans_do_not_shrink():
 
 def test_a_plan_of_another_model_is_refused():
     model, x = build("plain")
-    other, y = build("residual")
-    with pytest.raises(PlanError, match="the plan is for a model with .* use the dense model"):
+    other, _ = build("residual")
+    with pytest.raises(PlanError, match=r"the plan is for a model with .* use the dense model"):
         shrink(other, plan_for(model, x))
 
 

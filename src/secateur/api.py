@@ -16,7 +16,7 @@ from secateur import patterns
 from secateur.allocate import Strategy
 from secateur.apply.mask import mask
 from secateur.apply.resize import resize_
-from secateur.apply.shrink import Law, Shrunk, carry_out
+from secateur.apply.shrink import Shrunk, carry_out
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion
@@ -78,7 +78,9 @@ def prune(
     """
     wish = parse_budget(budget) if budget is not None else None
     if wish is not None and wish.kind == "max_drop":
-        raise SpecError(f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs")
+        raise SpecError(
+            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
+        )
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
     graph = analyze(model, inputs)
@@ -92,7 +94,15 @@ def prune(
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
     log = _Log(model, graph, chosen, done, task)
-    small = _recover(done.model, model, log, task, chosen, epochs, {"lr": lr, "amp": amp, "patience": patience, "seed": seed})
+    small = _recover(
+        done.model,
+        model,
+        log,
+        task,
+        chosen,
+        epochs,
+        {"lr": lr, "amp": amp, "patience": patience, "seed": seed},
+    )
     report = log.report(small)
     if inplace:
         resize_(model, chosen.slices)
@@ -162,8 +172,8 @@ def _meet_latency(model: nn.Module, graph: Graph, wish: Budget, wishes: Mapping[
         unit = "of the dense model's time" if wish.relative else "ms"
         value = f"{nearest:.1%}" if wish.relative else f"{nearest:.3g}"
         raise BudgetError(
-            f"{wish} cannot be met on this machine: at the fewest units, {low:.1%} of the MACs, the model takes {value} "
-            f"{unit}; that is the nearest possible",
+            f"{wish} cannot be met on this machine: at the fewest units, {low:.1%} of the MACs, the model "
+            f"takes {value} {unit}; that is the nearest possible",
             nearest if wish.relative else None,
         )
     for _ in track(range(_STEPS), "Measuring latency"):
@@ -246,7 +256,8 @@ class _Log:
         if self.done.form == "program":
             yield (
                 "The result is the exported program rewritten with the new sizes, because "
-                f"{self.done.why}. Parameter names are the same; outside norms and dropout it behaves as in evaluation mode."
+                f"{self.done.why}. Parameter names are the same; outside norms and "
+                "dropout it behaves as in evaluation mode."
             )
         if self.plan.masks:
             yield (
@@ -299,7 +310,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-__all__ = ["Law", "Result", "export", "plan", "prune"]
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -63,9 +63,7 @@ Input = Annotated[
 ]
 Dense = Annotated[
     str | None,
-    typer.Option(
-        metavar="MODEL", help="The dense model, where MODEL is a directory whose class only you have."
-    ),
+    typer.Option(metavar="MODEL", help="The dense model, where MODEL is a directory whose class only you have."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -96,24 +94,19 @@ def demo(
 
 
 @app.command()
-def inspect(
-    model: Model, input: Input = None, data: Data = None, dense: Dense = None, as_json: Json = False
-) -> None:
+def inspect(model: Model, input: Input = None, data: Data = None, dense: Dense = None, as_json: Json = False) -> None:
     """Show what can be removed from a model, and why the rest cannot."""
     from secateur.graph import analyze
 
     net, example, _ = _load(model, dense, input, data)
     graph = analyze(net, example)
     rows = [
-        {"axis": a.name, "units": a.units, "frozen": a.frozen, "parameters": _parameters(net, a)}
-        for a in graph.axes
+        {"axis": a.name, "units": a.units, "frozen": a.frozen, "parameters": _parameters(net, a)} for a in graph.axes
     ]
     cost = graph.cost()
     if as_json:
         weights = [{"weight": w.name, "shape": w.shape, "macs": w.macs} for w in graph.weights.values()]
-        typer.echo(
-            json.dumps({"params": cost.params, "macs": cost.macs, "axes": rows, "weights": weights}, indent=1)
-        )
+        typer.echo(json.dumps({"params": cost.params, "macs": cost.macs, "axes": rows, "weights": weights}, indent=1))
     else:
         _show_graph(graph, rows)
 
@@ -124,9 +117,7 @@ def prune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model, plan and report go.")],
     data: Data = None,
     input: Input = None,
-    pattern: Annotated[
-        str, typer.Option(help="unstructured, 2:4, block:4x1, channel or channel/8.")
-    ] = "channel",
+    pattern: Annotated[str, typer.Option(help="unstructured, 2:4, block:4x1, channel or channel/8.")] = "channel",
     budget: Annotated[
         str | None,
         typer.Option(
@@ -241,9 +232,7 @@ def main() -> None:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def _load(
-    model: str, dense: str | None, input: str | None, data: str | None
-) -> tuple[nn.Module, Any, Task | None]:
+def _load(model: str, dense: str | None, input: str | None, data: str | None) -> tuple[nn.Module, Any, Task | None]:
     """The model, example inputs of one example, and the task."""
     from torch import Tensor
     from torch.utils._pytree import tree_map
@@ -251,9 +240,7 @@ def _load(
     from secateur import datasets, recipe, store
 
     saved = Path(model).is_dir()
-    net = (
-        store.load(model, recipe.load_model(dense) if dense else None) if saved else recipe.load_model(model)
-    )
+    net = store.load(model, recipe.load_model(dense) if dense else None) if saved else recipe.load_model(model)
     shape = recipe.example_input(input) if input else None
     task = datasets.load(data, shape.shape[-1] if shape is not None else None) if data else None
     if shape is not None:
@@ -314,9 +301,7 @@ def _measured(
         )
         if name != first:
             ratio = found.latency.ratio(found.against[first])
-            notes.append(
-                f"{name} takes {ratio.value:.2f} of the time of {first} ({ratio.low:.2f} to {ratio.high:.2f})"
-            )
+            notes.append(f"{name} takes {ratio.value:.2f} of the time of {first} ({ratio.low:.2f} to {ratio.high:.2f})")
     return tuple(rows), tuple(notes)
 
 

@@ -18,9 +18,7 @@ from secateur.errors import DataError, MissingExtra
 from secateur.recipe import load_callable
 from secateur.tasks import CALIBRATION, SPLITS, Classification, Task
 
-FORMS = (
-    "digits, a folder of class folders of images, an .npz file, package.module:function, ./file.py:function"
-)
+FORMS = "digits, a folder of class folders of images, an .npz file, package.module:function, ./file.py:function"
 
 PARTS = (("train", 0.6), ("validation", 0.2), ("test", 0.2))
 """The shares of a data set that comes unsplit; its order is shuffled with a fixed seed first."""
@@ -85,8 +83,7 @@ def archive(path: Path) -> Classification:
     spare = {"x_calibration", "y_calibration"}
     if set(arrays) not in (needed, needed | spare):
         raise DataError(
-            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; "
-            f"expected x and y, or {', '.join(sorted(needed))}"
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected x and y, or {', '.join(sorted(needed))}"
         )
     pairs: dict[str, Any] = {s: _pair(path, arrays, f"_{s}") for s in SPLITS if f"x_{s}" in arrays}
     return Classification(**pairs)
@@ -95,13 +92,10 @@ def archive(path: Path) -> Classification:
 def _pair(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[Tensor, Tensor]:
     x, y = arrays[f"x{suffix}"], arrays[f"y{suffix}"]
     if x.ndim < 1 or not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)):
-        raise DataError(
-            f"{path}: x{suffix} is of type {x.dtype} and shape {x.shape}, expected floats or bytes"
-        )
+        raise DataError(f"{path}: x{suffix} is of type {x.dtype} and shape {x.shape}, expected floats or bytes")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise DataError(
-            f"{path}: y{suffix} is of type {y.dtype} and shape {y.shape}, "
-            "expected one class index per example"
+            f"{path}: y{suffix} is of type {y.dtype} and shape {y.shape}, expected one class index per example"
         )
     scale = 255 if x.dtype == np.uint8 else 1
     return torch.from_numpy(x.astype(np.float32) / scale), torch.from_numpy(y.astype(np.int64))

@@ -60,6 +60,5 @@ class MissingExtra(PruneError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed; "
-            f"run: pip install 'secateur[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed; run: pip install 'secateur[{extra}]'"
         )

@@ -130,11 +130,7 @@ def file_bytes(model: nn.Module) -> int:
     tensors = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
     unique = {(t.data_ptr(), t.shape, t.stride()): (name, t) for name, t in tensors.items()}
     # Cloned, because the format refuses tensors that share memory.
-    return len(
-        safetensors.torch.save(
-            {n: t.clone(memory_format=torch.contiguous_format) for n, t in unique.values()}
-        )
-    )
+    return len(safetensors.torch.save({n: t.clone(memory_format=torch.contiguous_format) for n, t in unique.values()}))
 
 
 def peak_memory(model: nn.Module, inputs: Any) -> int:

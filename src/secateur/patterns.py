@@ -1,10 +1,10 @@
 """The shape of what is removed. Notation is parsed here and nowhere else; ``parse(str(p)) == p``.
 
-    unstructured    single weights
-    2:4             N kept of every M weights along the inputs
-    block:4x1       blocks of 4 outputs x 1 input
-    channel         whole units, really removed
-    channel/8       whole units, kept counts in multiples of 8
+unstructured    single weights
+2:4             N kept of every M weights along the inputs
+block:4x1       blocks of 4 outputs x 1 input
+channel         whole units, really removed
+channel/8       whole units, kept counts in multiples of 8
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Plan:
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise PlanError, naming the first misfit, where ``model`` is not the dense model of this plan."""
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         named.update(model.named_buffers(remove_duplicate=False))
         for name in self.tensors:
             found = tuple(named[name].shape) if name in named else None
@@ -115,7 +115,9 @@ class Plan:
         text = read_json(path)
         try:
             if text["version"] > VERSION:
-                raise DataError(f"{path} has format version {text['version']}, this Secateur reads {VERSION}; update it")
+                raise DataError(
+                    f"{path} has format version {text['version']}, this Secateur reads {VERSION}; update it"
+                )
             bits = parse_safetensors((Path(folder) / BITS).read_bytes())
             shapes = {str(name): tuple(int(n) for n in shape) for name, shape in text["shapes"].items()}
             plan = cls(
@@ -131,7 +133,15 @@ class Plan:
                 shapes=shapes,
                 meta={str(k): v for k, v in text["meta"].items() if isinstance(v, (str, int))},
             )
-        except (OSError, SafetensorError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"the plan in {folder} is damaged: {type(error).__name__}: {error}") from error
@@ -156,5 +166,7 @@ def _pack(flags: Tensor) -> Tensor:
 def _unpack(bits: Any, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8) or min(shape, default=1) < 0:
-        raise DataError(f"expected {count} flags packed into {-(-count // 8)} bytes, found {bits.numel()} of {bits.dtype}")
+        raise DataError(
+            f"expected {count} flags packed into {-(-count // 8)} bytes, found {bits.numel()} of {bits.dtype}"
+        )
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(shape)

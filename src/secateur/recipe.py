@@ -65,9 +65,7 @@ def example_input(text: str) -> Tensor:
     except ValueError:
         shape = []
     if not shape or min(shape) < 1:
-        raise SpecError(
-            f"input shape {text!r} cannot be read; expected sizes joined by x, such as 1x3x224x224"
-        )
+        raise SpecError(f"input shape {text!r} cannot be read; expected sizes joined by x, such as 1x3x224x224")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -149,7 +149,12 @@ def _about(folder: Path) -> About:
         raise DataError(f"{folder / MODEL} has format version {about['version']}, this Secateur reads {VERSION}")
     if about["form"] not in ("module", "program"):
         raise DataError(f"{folder / MODEL}: form is {about['form']!r}, expected 'module' or 'program'")
-    return About(about["form"], about["source"], about["aliases"], _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL))
+    return About(
+        about["form"],
+        about["source"],
+        about["aliases"],
+        _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL),
+    )
 
 
 def _read(path: Path) -> dict[str, Tensor]:

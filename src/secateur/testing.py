@@ -39,7 +39,11 @@ def check_criterion(criterion: str | Criterion, model: nn.Module, inputs: Any, t
     assert once.keys() == graph.weights.keys()
     for name, found in once.items():
         assert torch.equal(found, again[name]), f"scores of {name} differ from call to call"
-    for pattern, budget in (("unstructured", "sparsity=50%"), ("block:4x1", "sparsity=50%"), ("channel", "params=70%")):
+    for pattern, budget in (
+        ("unstructured", "sparsity=50%"),
+        ("block:4x1", "sparsity=50%"),
+        ("channel", "params=70%"),
+    ):
         make(model, graph, pattern=pattern, budget=budget, criterion=criterion, task=task)
     if any(w.shape[w.in_dim] >= 4 for w in graph.weights.values()):
         make(model, graph, pattern="2:4", budget=None, criterion=criterion, task=task)
@@ -51,5 +55,5 @@ def check_groups(mask: Tensor, pattern: str, in_dim: int) -> None:
     assert isinstance(shape, NM), f"{pattern} is no N:M pattern"
     along = mask.movedim(in_dim, -1)
     whole = along.shape[-1] // shape.m * shape.m
-    assert bool((along[..., :whole].unflatten(-1, (-1, shape.m)).sum(-1) == shape.n).all())
+    assert bool((along[..., :whole].reshape(-1, shape.m).sum(-1) == shape.n).all())
     assert bool(along[..., whole:].all())

@@ -74,4 +74,4 @@ def _bracket(tensors: Sequence[Tensor], k: int, total: int) -> tuple[Tensor, Ten
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
     for tensor in tensors:
-        yield from tensor.flatten().split(_CHUNK)
+        yield from torch.split(tensor.flatten(), _CHUNK)

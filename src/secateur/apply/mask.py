@@ -59,7 +59,9 @@ def keep_zeros(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -
         named = _named(model)
         for name, identity in expected.items():
             if id(named.get(name)) != identity:
-                raise PlanError(f"parameter {name!r} was replaced inside keep_zeros; enter it again with a new optimizer")
+                raise PlanError(
+                    f"parameter {name!r} was replaced inside keep_zeros; enter it again with a new optimizer"
+                )
         with torch.no_grad():
             for tensor, gone in removed:
                 tensor.masked_fill_(gone, 0)

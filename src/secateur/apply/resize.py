@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 Keep = Mapping[int, Tensor]  # dimension -> bool per index
@@ -16,7 +15,7 @@ def resize_(model: nn.Module, slices: Mapping[str, Keep]) -> None:
     slices: tensor name -> dimension -> bool per index, True stays. The sizes that torch's own modules remember
     (``out_channels``, ``groups``, ``normalized_shape`` …) follow their tensors.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named.update(model.named_buffers(remove_duplicate=False))
     new = {id(named[name]): _cut(named[name], keep) for name, keep in slices.items()}
     old = {id(named[name]): keep for name, keep in slices.items()}
@@ -92,7 +91,9 @@ def _prelu(m: nn.Module, changed: dict[str, Keep]) -> None:
     m.num_parameters = len(m.weight)
 
 
-_REFIT: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module, dict[str, Keep]], None]], ...] = (
+_REFIT: tuple[
+    tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module, dict[str, Keep]], None]], ...
+] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
     (nn.modules.batchnorm._NormBase, _batch_norm),

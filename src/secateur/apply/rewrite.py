@@ -1,4 +1,7 @@
-"""The captured program with the sizes that a plan leaves: the second oracle, and the result where a class hard-codes sizes."""
+"""The captured program with the sizes that a plan leaves.
+
+It is the second oracle, and the result where a class hard-codes sizes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import fx, nn
 
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, Op, operator_name
-from secateur.graph.rules.base import TARGET, schema, sizes_of
+from secateur.graph.rules.base import TARGET, each, schema, sizes_of
 
 
 def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.GraphModule:
@@ -24,7 +27,7 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
     root = nn.Module()
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.module.graph, new))  # type: ignore[arg-type]
+    graph.output(graph.graph_copy(program.module.graph, new))
     graph._codegen = program.module.graph._codegen
     writer = _Writer(program, model, alive, root, graph, new)
     for node in program.module.graph.nodes:
@@ -35,7 +38,7 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
-    return fx.GraphModule(root, graph).train(model.training)  # type: ignore[return-value]
+    return fx.GraphModule(root, graph).train(model.training)
 
 
 class _Writer:
@@ -85,10 +88,10 @@ class _Writer:
     def _touched(self, node: fx.Node) -> bool:
         """Whether a dimension of the operator's inputs or outputs lost something."""
         for value in (self.program.values.get(n) for n in (node, *node.all_input_nodes)):
-            for dims in value if value and isinstance(value[0], list) else [value or []]:
-                for dim in dims:  # type: ignore[union-attr]
-                    if dim is not None and not self.cut.alive[self.program.atoms(dim)].all():  # type: ignore[arg-type]
-                        return True
+            for dim in (dim for dims in each(value) for dim in dims):
+                atoms = self.program.atoms(dim)
+                if atoms is not None and not self.cut.alive[atoms].all():
+                    return True
         return False
 
     def _call(self, op: Op, change: dict[str, Any]) -> None:
@@ -99,8 +102,8 @@ class _Writer:
         args = [values[name] for name, _, keyword in schema(target) if not keyword]
         kwargs = {n: values[n] for n, default, keyword in schema(target) if keyword and values[n] != default}
         self.here.target = target
-        self.here.args = fx.map_arg(tuple(args), lambda n: self.new.get(n, n))  # type: ignore[assignment]
-        self.here.kwargs = fx.map_arg(kwargs, lambda n: self.new.get(n, n))  # type: ignore[assignment]
+        self.here.args = fx.node.map_arg(tuple(args), lambda n: self.new.get(n, n))
+        self.here.kwargs = fx.node.map_arg(kwargs, lambda n: self.new.get(n, n))
 
     def _constant(self, value: torch.Tensor) -> fx.Node:
         name = f"secateur_index_{self.constants}"

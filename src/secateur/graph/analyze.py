@@ -15,7 +15,7 @@ from secateur.graph.axes import gather
 from secateur.graph.labels import Labels
 from secateur.graph.program import Multiply, Program, Tensors, multiply, outputs
 from secateur.graph.rules import RULES, Op, operator_name
-from secateur.graph.rules.base import Value
+from secateur.graph.rules.base import Value, each
 from secateur.graph.trace import capture, source_line
 from secateur.graph.types import Graph, Weight
 
@@ -85,8 +85,9 @@ class _Walk:
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            source = self.values[node.args[0]]  # type: ignore[index]
-            self.values[node] = source[node.args[1]] if source else None  # type: ignore[index, assignment]
+            source, index = node.args
+            several = self.values[source]  # type: ignore[index]
+            self.values[node] = several[index] if isinstance(several, tuple) else None  # type: ignore[index]
             return
         value = node.meta.get("val")
         if not isinstance(value, (torch.Tensor, list, tuple)):
@@ -99,14 +100,13 @@ class _Walk:
             self._count(op)
             return
         self.values[node] = None
-        for source in node.all_input_nodes:
-            self._freeze(source, f"no rule for {op.where}")
+        for read in node.all_input_nodes:
+            self._freeze(read, f"no rule for {op.where}")
 
     def _freeze(self, node: fx.Node, why: str) -> None:
-        value = self.values.get(node) or []
-        for dims in value if value and isinstance(value[0], list) else [value]:
-            for dim in dims:  # type: ignore[union-attr]
-                self.labels.freeze(dim, why)  # type: ignore[arg-type]
+        for dims in each(self.values.get(node)):
+            for dim in dims:
+                self.labels.freeze(dim, why)
 
     def _count(self, op: Op) -> None:
         """Note MACs, which parameters are weights, and which batch norm follows them."""

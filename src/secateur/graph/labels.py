@@ -72,9 +72,8 @@ class Labels:
         rows = np.sort(rows, axis=0)
         rows[1:][rows[1:] == rows[:-1]] = 0
         rows = np.sort(rows, axis=0)
-        used = rows.any(1)
-        used[-1] = True
-        return rows[used]
+        first = int(np.argmax(rows.any(1)))  # rows of padding come first
+        return rows[first:] if rows[first].any() else rows[-1:]
 
     def unite(self, a: Dim, b: Dim, why: str) -> None:
         """Index i of ``a`` and index i of ``b`` stay or go together. Freezes what has no common refinement."""
@@ -130,7 +129,7 @@ class Labels:
         if rest.any():
             rest = np.sort(rest, axis=0)
             grid = rest.reshape(len(rest), *sizes)
-            new = [
+            new: list[Dim] = [
                 self.fresh(n) if n > 1 and (grid != grid.take([0], axis=t + 1)).any() else None
                 for t, n in enumerate(sizes)
             ]
@@ -139,8 +138,8 @@ class Labels:
                 new[first] = np.repeat(rest[:, :1], sizes[first], axis=1)
             else:
                 self.unite(rest, self.merge(new, sizes), why)
-            parts = [_stack([part, n]) for part, n in zip(parts, new, strict=True)]
-        return [part if part is not None and part.any() else None for part in parts]
+            return [_stack([part, n]) for part, n in zip(parts, new, strict=True)]
+        return [part if part.any() else None for part in parts]
 
     def reshape(self, dims: Sequence[Dim], old: Sequence[int], new: Sequence[int], why: str) -> list[Dim]:
         """Carry labels through ``view``: merge and split the smallest runs of dimensions that match in size."""
@@ -208,7 +207,10 @@ class Labels:
         right = targets[-1]
         for left in targets[-2:0:-1]:
             pair = self._new(len(singles))
-            self._left[pair], self._right[pair] = np.where(left != 0, left, right), np.where(left != 0, right, 0)
+            self._left[pair], self._right[pair] = (
+                np.where(left != 0, left, right),
+                np.where(left != 0, right, 0),
+            )
             right = pair
         left = targets[0] if len(targets) > 2 else targets[-2]
         self._left[singles] = np.where(left != 0, left, right)

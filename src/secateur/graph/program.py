@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from secateur.graph.labels import Dim, Labels
+from secateur.graph.labels import Atoms, Dim, Labels
 from secateur.graph.rules import Op, operator_name
-from secateur.graph.rules.base import Value, sizes_of
+from secateur.graph.rules.base import Value
 from secateur.graph.types import Cost, Flags
 
 
@@ -45,13 +45,13 @@ class Program:
     tensors: Mapping[str, Tensors]
     aliases: Mapping[str, str]  # other names of tied tensors -> the name used here
     multiplies: tuple[Multiply, ...]
-    _resolved: dict[int, tuple[Dim, np.ndarray]] = field(default_factory=dict, repr=False)  # type: ignore[type-arg]
+    _resolved: dict[int, tuple[Dim, Atoms]] = field(default_factory=dict, repr=False)
 
     @property
     def labels(self) -> int:
         return self.engine.count
 
-    def atoms(self, dim: Dim) -> np.ndarray | None:  # type: ignore[type-arg]
+    def atoms(self, dim: Dim) -> Atoms | None:
         """Resolved atoms of a dimension; remembered, because analysis is over."""
         if dim is None:
             return None
@@ -84,9 +84,7 @@ class Program:
             params += n if t.kind == "parameter" else 0
             weights += n if t.name in weighted else 0
             size += n * t.itemsize
-        macs = sum(
-            int(np.prod([kept(d, s) for d, s in m.factors], dtype=np.int64)) for m in self.multiplies
-        )
+        macs = sum(int(np.prod([kept(d, s) for d, s in m.factors], dtype=np.int64)) for m in self.multiplies)
         return Cost(params, weights, macs, size)
 
 
@@ -124,6 +122,3 @@ def multiply(op: Op, names: Mapping[fx.Node, str]) -> list[Multiply]:
 def outputs(node: fx.Node) -> list[fx.Node]:
     """The tensors that the program returns."""
     return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-
-
-__all__ = ["Multiply", "Program", "Tensors", "multiply", "outputs", "sizes_of"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,18 +10,7 @@ from torch import Tensor, fx, nn
 
 from secateur.errors import TraceError
 from secateur.graph.types import example_args
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode is restored afterwards."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+from secateur.tasks import call, mode
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
@@ -31,10 +18,9 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
     Raises TraceError where the model fails on them.
     """
-    args, kwargs = example_args(inputs)
     try:
-        with evaluating(model), torch.no_grad():
-            return model(*args, **kwargs)
+        with mode(model, training=False), torch.no_grad():
+            return call(model, inputs)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs {describe(inputs)}: "
@@ -52,7 +38,7 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
         raise TraceError(f"expected a torch.nn.Module, found {type(model).__name__}; pass the model itself")
     args, kwargs = example_args(_at_least_two(inputs) if dynamic_batch else inputs)
     shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+    with mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -72,11 +58,11 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
 
 def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Dimension 0 of every input tensor left open, except where it is 1: that one is broadcast, or no batch."""
-    shapes = torch.export.ShapesCollection()
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in torch.utils._pytree.tree_leaves((args, kwargs)):
         if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1:
             shapes[value] = {0: torch.export.Dim.AUTO}
-    return shapes.dynamic_shapes(model, args, kwargs)
+    return shapes.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
 
 
 def _at_least_two(inputs: Any) -> Any:

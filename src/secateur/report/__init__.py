@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
+from secateur.apply.shrink import Law
 from secateur.errors import DataError
 from secateur.files import write_atomic
 from secateur.tasks import Interval
@@ -58,15 +59,6 @@ class Frozen:
 
 
 @dataclass(frozen=True)
-class Law:
-    """The check that removing equals zeroing: its relative error, and the oracle it was held against."""
-
-    error: float
-    tolerance: float
-    oracle: str
-
-
-@dataclass(frozen=True)
 class Report:
     """Everything that was measured; the first of ``rows`` is what the others are compared with.
 
@@ -93,9 +85,7 @@ class Report:
         except (ValueError, RecursionError) as error:
             raise DataError(f"the report is damaged, or no JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
-            raise DataError(
-                f"the report is not of version {VERSION}; it needs a newer secateur, or is no report"
-            )
+            raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
         report: Report = _read(cls, data, "report")
         return report
 

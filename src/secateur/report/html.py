@@ -122,9 +122,7 @@ def _score(value: float) -> str:
 
 def _drop(drop: Interval, form: str = "{} points ({} to {})") -> str:
     """A drop, said as the change that it is."""
-    value, low, high = (
-        f"{100 * v:+.1f}".replace("-", "\N{MINUS SIGN}") for v in (-drop.value, -drop.high, -drop.low)
-    )
+    value, low, high = (f"{100 * v:+.1f}".replace("-", "\N{MINUS SIGN}") for v in (-drop.value, -drop.high, -drop.low))
     return form.format(value, low, high)
 
 
@@ -178,9 +176,7 @@ def _tiles(report: Report) -> Iterator[str]:
     if score is not None:
         yield _tile("Score", _score(score.value), _drop(drop) if drop is not None else "")
     for change in _changes(report):
-        yield _tile(
-            change.label, change.form(change.after), f"was {change.form(change.before)}, {change.words}"
-        )
+        yield _tile(change.label, change.form(change.after), f"was {change.form(change.before)}, {change.words}")
 
 
 def _tile(label: str, value: str, note: str) -> str:
@@ -211,9 +207,7 @@ def _stages(report: Report) -> str:
     head = "".join(f"<th>{label}</th>" for label, _ in shown)
     body = "".join(
         "<tr>"
-        + "".join(
-            f'<td data-label="{label}"><div>{read(row) or "&ndash;"}</div></td>' for label, read in shown
-        )
+        + "".join(f'<td data-label="{label}"><div>{read(row) or "&ndash;"}</div></td>' for label, read in shown)
         + "</tr>"
         for row in report.rows
     )
@@ -242,15 +236,11 @@ def _charts(report: Report) -> dict[str, Any]:
     """Vega-Lite specifications by the id of their place, of those that have something to show."""
     import altair as alt
 
-    changes = [
-        {"what": c.label, "left": c.after / c.before, "all": 1, "text": c.words} for c in _changes(report)
-    ]
+    changes = [{"what": c.label, "left": c.after / c.before, "all": 1, "text": c.words} for c in _changes(report)]
     rows = [(row.stage, row.accuracy) for row in report.rows if row.accuracy is not None]
     scores = [{"stage": stage, "score": a.value, "low": a.low, "high": a.high} for stage, a in rows]
     score_form = "%" if all(a.low >= 0 and a.high <= 1 for _, a in rows) else ""
-    layers = [
-        {"weight": a.name, "removed": 1 - a.kept, "shapes": f"{a.before} → {a.after}"} for a in report.layers
-    ]
+    layers = [{"weight": a.name, "removed": 1 - a.kept, "shapes": f"{a.before} → {a.after}"} for a in report.layers]
     share = alt.Axis(format="%", title=None, tickCount=5)
     names = alt.Axis(title=None, labelExpr="replace(datum.label, /[.]weight$/, '')")
     charts: dict[str, Any] = {}

@@ -91,9 +91,7 @@ def _translate(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     try:
         translated = torch.onnx.export(program, dynamo=True, verbose=False)
     except torch.onnx.OnnxExporterError as error:
-        raise TargetError(
-            f"ONNX cannot express {_culprit(program, error)}; replace it in the model"
-        ) from error
+        raise TargetError(f"ONNX cannot express {_culprit(program, error)}; replace it in the model") from error
     assert translated is not None
     return translated
 
@@ -109,9 +107,7 @@ def _culprit(program: ExportedProgram, error: Exception) -> str:
     return operator[1] if operator else f"the model ({_first_line(error)})"
 
 
-def _compare(
-    model: nn.Module, path: Path, names: list[str], inputs: Any, what: str, tolerance: float
-) -> None:
+def _compare(model: nn.Module, path: Path, names: list[str], inputs: Any, what: str, tolerance: float) -> None:
     import onnxruntime
 
     values = dict(zip(names, tree_leaves(inputs), strict=True))

@@ -1,7 +1,7 @@
 """What each ATen operator does to channels, one small file per family.
 
-A *rule* receives an ``Op`` and returns the labels of its output: one ``Dim`` per dimension, or a list of those for
-an operator with several outputs. It unites what must live and die together and freezes what must stay.
+A *rule* receives an ``Op`` and returns the labels of its output: one ``Dim`` per dimension, or a tuple of such
+lists for an operator with several outputs. It unites what must live and die together and freezes what must stay.
 A *rewrite* receives the same ``Op`` and a ``Cut`` and returns the arguments that change when units are removed.
 An operator without a rule freezes everything that reaches it.
 """

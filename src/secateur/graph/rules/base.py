@@ -16,7 +16,7 @@ from secateur.graph.labels import Dim, Labels
 
 Dims = list[Dim]
 TARGET = "target"  # the key under which a rewrite names another operator to call
-Value = Dims | list[Dims] | None  # of one tensor, of several, of none
+Value = Dims | tuple[Dims, ...] | None  # of one tensor, of several, of none
 
 
 @functools.cache
@@ -37,6 +37,11 @@ def operator_name(target: Any) -> str:
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
     """The shape on the example inputs; symbolic sizes are read without specializing them."""
     return tuple(s if isinstance(s, int) else s.node.hint for s in node.meta["val"].shape)
+
+
+def each(value: Value) -> tuple[Dims, ...]:
+    """The labels of every tensor that a value stands for."""
+    return value if isinstance(value, tuple) else (value or [],)
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class Op:
 
     def of(self, node: Any) -> Dims:
         value = self.values[node]
-        assert value is None or not (value and isinstance(value[0], list))
-        return [None] * len(sizes_of(node)) if value is None else list(value)  # type: ignore[arg-type]
+        assert not isinstance(value, tuple)
+        return [None] * len(sizes_of(node)) if value is None else list(value)
 
     def sizes(self, name: str) -> tuple[int, ...]:
         return sizes_of(self.args[name])

@@ -103,7 +103,7 @@ def embedding(op: Op) -> Value:
 
 
 _CONV = {f"conv{n}d": conv for n in (1, 2, 3)}
-_TRANSPOSED = {name: conv_transpose for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")}
+_TRANSPOSED = dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), conv_transpose)
 
 RULES: dict[str, Rule] = {
     **_CONV,

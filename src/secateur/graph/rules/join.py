@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def split(op: Op) -> Value:
         op.labels.mark_part(part)
         out.append([*x[:d], part, *x[d + 1 :]])
         start += size
-    return out
+    return tuple(out)
 
 
 def _part_sizes(op: Op) -> list[int]:
@@ -57,14 +58,19 @@ def rewrite_split(op: Op, cut: Cut) -> dict[str, Any]:
     if dim is None:
         return {}
     edges = np.cumsum([0, *_part_sizes(op)])
-    counts = np.histogram(cut.kept(dim, edges[-1]), bins=edges)[0] if edges[-1] else []
-    return {TARGET: torch.ops.aten.split_with_sizes.default, "split_sizes": [int(c) for c in counts], "dim": d}
+    kept = cut.kept(dim, int(edges[-1]))
+    counts = [int(((kept >= start) & (kept < end)).sum()) for start, end in pairwise(edges)]
+    return {
+        TARGET: torch.ops.aten.split_with_sizes.default,
+        "split_sizes": counts,
+        "dim": d,
+    }
 
 
 def unbind(op: Op) -> Value:
     x, d = op.dims("self"), op.dim()
     op.labels.freeze(x[d], f"taken apart one by one in {op.where}")
-    return [[*x[:d], *x[d + 1 :]] for _ in range(op.sizes("self")[d])]
+    return tuple([*x[:d], *x[d + 1 :]] for _ in range(op.sizes("self")[d]))
 
 
 def select(op: Op) -> Value:
@@ -118,7 +124,11 @@ def rewrite_slice(op: Op, cut: Cut) -> dict[str, Any]:
     if len(at) and (np.diff(at) == step).all():
         bounds = {"start": int(at[0]), "end": int(at[-1]) + 1, "step": step}
         return {TARGET: torch.ops.aten.slice.Tensor, "dim": d, **bounds}
-    return {TARGET: torch.ops.aten.index_select.default, "dim": d, "index": cut.constant(torch.from_numpy(at))}
+    return {
+        TARGET: torch.ops.aten.index_select.default,
+        "dim": d,
+        "index": cut.constant(torch.from_numpy(at)),
+    }
 
 
 def pad(op: Op) -> Value:

@@ -53,8 +53,6 @@ def rewrite_group_norm(op: Op, cut: Cut) -> dict[str, Any]:
     return {"num_groups": len(set(kept.tolist()))}
 
 
-
-
 def softmax(op: Op) -> Value:
     """``softmax``, ``log_softmax``, ``cumsum``, …: every index of the dimension depends on the others."""
     x = op.of(op.tensors[0])

@@ -30,9 +30,8 @@ def grid(op: Op) -> Value:
 
 
 def grid_with_indices(op: Op) -> Value:
-    out = grid(op)
-    assert out is not None
-    return [list(out), list(out)]  # type: ignore[arg-type]
+    out = op.keep_leading(op.of(op.tensors[0]), _space(op))
+    return out, out
 
 
 def pixel_shuffle(op: Op) -> Value:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, operator_name
+from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value, operator_name
 
 
 def view(op: Op) -> Value:
@@ -67,24 +67,29 @@ def unsqueeze(op: Op) -> Value:
 
 def expand(op: Op) -> Value:
     """A stretched dimension holds equal copies, so any of them may go: it gets atoms of its own."""
-    x, out = op.dims("self"), op.out
-    sizes = (1,) * (len(out) - len(x)) + op.sizes("self")
-    x = [None] * (len(out) - len(x)) + x
+    out = op.out
+    x, sizes = _padded(op, len(out))
     labelled = any(dim is not None for dim in x)
-    return [
-        op.labels.fresh(n) if labelled and n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)
-    ]
+    return [op.labels.fresh(n) if labelled and n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)]
+
+
+def _padded(op: Op, rank: int) -> tuple[Dims, tuple[int, ...]]:
+    """Labels and sizes of the input with dimensions of size 1 put in front, as broadcasting does."""
+    x: Dims = op.dims("self")
+    missing = rank - len(x)
+    empty: Dims = [None] * missing
+    return empty + x, (1,) * missing + op.sizes("self")
 
 
 def repeat(op: Op) -> Value:
     """Copies of a whole dimension: (copies, index), merged."""
-    x, repeats = op.dims("self"), op.args["repeats"]
-    sizes = (1,) * (len(repeats) - len(x)) + op.sizes("self")
-    x = [None] * (len(repeats) - len(x)) + x
+    repeats = op.args["repeats"]
+    x, sizes = _padded(op, len(repeats))
     if all(dim is None for dim in x):
         return x if op.out == sizes else None
     return [
-        dim if r == 1 else op.labels.merge([op.labels.fresh(r), dim], [r, n]) for dim, n, r in zip(x, sizes, repeats)
+        dim if r == 1 else op.labels.merge([op.labels.fresh(r), dim], [r, n])
+        for dim, n, r in zip(x, sizes, repeats, strict=True)
     ]
 
 

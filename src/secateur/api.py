@@ -76,20 +76,11 @@ def prune(
 
     Raises PruneError's children, each saying what was found and what to do; the model is then as it was.
     """
-    wish = parse_budget(budget) if budget is not None else None
-    if wish is not None and wish.kind == "max_drop":
-        raise SpecError(
-            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
-        )
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
     graph = analyze(model, inputs)
-    wishes: dict[str, Any] = {"pattern": pattern, "criterion": criterion, "allocate": allocate, "task": task}
-    wishes |= {"ignore": ignore, "overrides": overrides, "seed": seed}
-    if wish is not None and wish.kind == "latency" and isinstance(patterns.parse(pattern), patterns.Channel):
-        chosen = _meet_latency(model, graph, wish, wishes)
-    else:
-        chosen = make(model, graph, budget=budget, **wishes)
+    wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
+    chosen = _choose(model, graph, {**wishes, "ignore": ignore, "overrides": overrides, "seed": seed})
     done = carry_out(model, chosen, verify=verify) if chosen.units else _masked(model, chosen)
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
@@ -109,6 +100,18 @@ def prune(
         model.load_state_dict(small.state_dict())
         small = model
     return Result(small, chosen, report, inputs, done.form, source)
+
+
+def _choose(model: nn.Module, graph: Graph, wishes: dict[str, Any]) -> Plan:
+    """A plan that meets the budget; latency is the one kind that takes measuring."""
+    wish = parse_budget(wishes["budget"]) if wishes["budget"] is not None else None
+    if wish is not None and wish.kind == "max_drop":
+        raise SpecError(
+            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
+        )
+    if wish is not None and wish.kind == "latency" and isinstance(patterns.parse(wishes["pattern"]), patterns.Channel):
+        return _meet_latency(model, graph, wish, {k: v for k, v in wishes.items() if k != "budget"})
+    return make(model, graph, **wishes)
 
 
 def export(model: nn.Module, inputs: Any, target: str, folder: Path | str) -> Path:

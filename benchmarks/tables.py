@@ -1,0 +1,98 @@
+"""Write the tables of README.md, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the newest results.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import common
+from common import Row
+from secateur.files import read_json, write_atomic
+from secateur.report.html import count, size
+
+PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """``text`` with every marked table made anew."""
+    return PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+
+
+def table(name: str) -> str:
+    """The newest results of benchmark ``name`` as Markdown, and where they come from."""
+    path = common.newest(name)
+    if path is None:
+        return "\nNo results yet.\n\n"
+    results = read_json(path)
+    meta = results["meta"]
+    source = f"{meta['cpu']}, {meta['threads']} threads, torch {meta['versions']['torch']}, commit {meta['commit']}"
+    link = path.relative_to(common.ROOT).as_posix()
+    head, *body = FORMS[name](results["rows"])
+    lines = [head, ["---"] * len(head), *body]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"\n{rows}\n\n{source}: [{path.name}]({link})\n\n"
+
+
+def _roads(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    yield (
+        *("network", "pattern", "budget", "criterion", "dense", "pruned", "recalibrated", "2 epochs"),
+        *("drop (95 %)", "parameters left", "MACs left", "bytes", "time of dense", "law's error"),
+    )
+    for row in rows.values():
+        stages, drops = row["accuracy"], row["drop"]
+        final = "recovered" if "recovered" in stages else list(stages)[-1]
+        yield (
+            *(row["net"], row["pattern"], row["budget"] or "-", row["criterion"]),
+            *(
+                f"{100 * stages[stage][0]:.1f}" if stages.get(stage) else "-"
+                for stage in ("dense", "pruned", "recalibrated", "recovered")
+            ),
+            "{:.1f} ({:.1f} to {:.1f})".format(*(100 * value for value in drops[final])),
+            f"{row['nonzero'][1] / row['nonzero'][0]:.0%}",
+            f"{row['macs'][1] / row['macs'][0]:.1%}",
+            size(row["bytes"][1]),
+            row["latency_ratio"],
+            f"{row['law']['error']:.0e}" if row["law"] else "-",
+        )
+
+
+def _analyze(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    yield ("", "seconds", "lowest to highest", "of torch.export", "parameters", "axes")
+    for name, row in rows.items():
+        median, low, high = row["seconds"]
+        spread = f"{low:.2f} to {high:.2f}"
+        yield (name, f"{median:.2f}", spread, f"{row['ratio']:.2f}", count(row["params"]), str(row["axes"]))
+
+
+def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """Every field, as it is."""
+    heads = list(next(iter(rows.values())))
+    yield ("", *(head.replace("_", " ") for head in heads))
+    for name, row in rows.items():
+        yield (name, *(_number(row[head]) for head in heads))
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_number, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
+    "first_road": _roads,
+    "analyze_cost": _analyze,
+    "cost_global": _plain,
+}
+
+
+def main() -> None:
+    readme = common.ROOT / "README.md"
+    write_atomic(readme, fill(readme.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main()

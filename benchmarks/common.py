@@ -75,8 +75,9 @@ def rows(name: str, *, today: bool = False) -> dict[str, Row]:
 
 def newest(name: str, *, today: bool = False) -> Path | None:
     """The newest results file of benchmark ``name``; with ``today``, only one of this machine and day."""
-    start = f"{datetime.now(UTC).date().isoformat()}_{_slug(cpu())}" if today else "*"
-    return max(RESULTS.glob(f"{start}_{name}.json"), default=None)
+    start = f"{datetime.now(UTC).date().isoformat()}_{_slug(cpu())}_" if today else ""
+    found = (p for p in RESULTS.glob(f"{start}*.json") if p.stem.split("_", 2)[2:] == [name])
+    return max(found, default=None)
 
 
 def _slug(text: str) -> str:

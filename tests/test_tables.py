@@ -15,11 +15,18 @@ import common  # noqa: E402
 import tables  # noqa: E402
 
 ROW = {
-    "net": "resnet20", "pattern": "channel", "budget": "macs=50%", "criterion": "magnitude",
+    "net": "resnet20",
+    "pattern": "channel",
+    "budget": "macs=50%",
+    "criterion": "magnitude",
     "accuracy": {"dense": [0.9125, 0.88, 0.94], "pruned": [0.2, 0.1, 0.3], "recovered": [0.9, 0.88, 0.92]},
     "drop": {"dense": None, "pruned": [0.7, 0.6, 0.8], "recovered": [0.0125, -0.001, 0.026]},
-    "params": [100, 60], "nonzero": [100, 60], "macs": [1000, 499], "bytes": [4000, 2400],
-    "latency_ratio": "0.8 (0.7 to 0.9)", "law": {"error": 1.2e-7},
+    "params": [100, 60],
+    "nonzero": [100, 60],
+    "macs": [1000, 499],
+    "bytes": [4000, 2400],
+    "latency_ratio": "0.8 (0.7 to 0.9)",
+    "law": {"error": 1.2e-7},
 }
 
 

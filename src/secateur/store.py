@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from secateur.graph.types import example_args
 from secateur.plan import Plan
 from secateur.recipe import PUBLIC, load_model
 from secateur.report import Report
+from secateur.tasks import clone
 
 VERSION = 1
 MODEL, WEIGHTS, INPUTS = "model.json", "model.safetensors", "inputs.safetensors"
@@ -101,7 +101,7 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     saved, plan = _about(folder), Plan.load(folder)
     dense = model if model is not None else _dense(folder, saved)
     plan.check_fits(dense)
-    small = copy.deepcopy(dense)
+    small = clone(dense)
     resize_(small, plan.slices)
     if saved.form == "program":
         small = as_program(dense, plan, small, saved.inputs)

@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from secateur.allocate.kth import kth_smallest, smallest_below
+from secateur.allocate.kth import count, kth_smallest
 
 
 class Global:
     """Rung r removes the r lowest-scored units; among equal scores those of the last places go first.
 
-    With ``relative`` scores are first divided by their place's mean, so that places whose scores are of
+    With ``relative`` scores are first divided by their place's mean magnitude, so that places whose scores are of
     different scale (because a norm follows, or a layer is wide) can compete.
+
+    Rungs asked for before bound the next one, and only scores between those bounds are looked at again: a bisection
+    costs little more than its first step.
     """
 
     def __init__(self, scores: Mapping[str, Tensor], relative: bool = False) -> None:
-        self.places = list(scores)
-        self.scores = [s / s.double().mean().clamp_min(1e-30).to(s) if relative else s for s in scores.values()]
-        self.rungs = sum(s.numel() for s in self.scores)
+        self.total = {place: s.numel() for place, s in scores.items()}
+        self.rungs = sum(self.total.values())
+        self._scores = [_relative(s) if relative else s for s in scores.values()]
+        none, all_ = [0] * len(scores), list(self.total.values())
+        self._splits = [_Split(-math.inf, none, none), _Split(math.inf, all_, all_)]
+        self._window, self._between = (-math.inf, math.inf), self._scores
 
     def kept(self, rung: int) -> dict[str, int]:
-        sizes = [s.numel() for s in self.scores]
-        if rung >= self.rungs:
-            return dict.fromkeys(self.places, 0)
-        value = kth_smallest(self.scores, rung)
-        below = smallest_below(self.scores, value)
-        ties = rung - sum(below)
-        removed = list(below)
-        for i in reversed(range(len(self.scores))):
-            if ties <= 0:
-                break
-            equal = min(ties, int((self.scores[i] == value).sum()))
-            removed[i] += equal
-            ties -= equal
-        return {place: n - r for place, n, r in zip(self.places, sizes, removed, strict=True)}
+        split = self._split(rung)
+        removed = list(split.below)
+        ties = rung - sum(removed)
+        for i in reversed(range(len(removed))):
+            taken = min(ties, split.upto[i] - split.below[i])
+            removed[i] += taken
+            ties -= taken
+        return {place: n - gone for (place, n), gone in zip(self.total.items(), removed, strict=True)}
+
+    def _split(self, rung: int) -> _Split:
+        """The split at the value where the ``rung`` lowest scores end."""
+        for split in self._splits:
+            if sum(split.below) <= rung <= sum(split.upto):
+                return split
+        low = max((s for s in self._splits if sum(s.upto) < rung), key=lambda s: s.value)
+        high = min((s for s in self._splits if sum(s.below) > rung), key=lambda s: s.value)
+        if not self._window[0] <= low.value <= high.value <= self._window[1]:
+            self._between = self._scores
+        if (low.value, high.value) != self._window:
+            self._between = [s[(s > low.value) & (s < high.value)] for s in self._between]
+            self._window = (low.value, high.value)
+        value = kth_smallest(self._between, rung - sum(low.upto))
+        below, upto = (
+            [n + count([s], compare, value) for n, s in zip(low.upto, self._between, strict=True)]
+            for compare in (torch.lt, torch.le)
+        )
+        self._splits.append(_Split(value.item(), below, upto))
+        return self._splits[-1]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Per place, how many scores lie below ``value``, and how many below or at it."""
+
+    value: float
+    below: list[int]
+    upto: list[int]
+
+
+def _relative(scores: Tensor) -> Tensor:
+    scores = scores.double()
+    return scores / scores.abs().mean().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,77 +1,84 @@
-"""The k-th smallest of many tensors together, exactly, without concatenating them.
+"""Order statistics of many tensors together: exact, without concatenating or sorting them.
 
-A small sample brackets the value; one pass counts what lies below the bracket and gathers what lies inside. Extra
-memory: the sample, the gathered part (a fraction of a percent), and flags of one chunk.
+A random sample brackets the wanted value; one pass counts what lies outside the bracket, and only what lies inside,
+a percent or so, is gathered. Extra memory is that percent and the flags of one chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 18
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18  # what is computed of one chunk fits into a processor's cache
 
 
 def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:
     """The value at place ``k`` (from 0) of all elements in ascending order: a 0-dimensional tensor.
 
-    tensors: floating point, finite, of any shapes. Ties need no care: the value is exact.
+    tensors: floating point without NaN, of any shapes. Its dtype is the most precise among them.
     """
-    total = sum(t.numel() for t in tensors)
-    assert 0 <= k < total
-    low, high = _bracket(tensors, k, total)
+    assert 0 <= k < sum(t.numel() for t in tensors)
+    low, high = _bracket(tensors, k)
     while True:
-        below = inside = 0
-        gathered: list[Tensor] = []
-        for chunk in _chunks(tensors):
-            below += int((chunk < low).sum())
-            if low == high:
-                inside += int((chunk == low).sum())
-            else:
-                found = chunk[(chunk >= low) & (chunk <= high)]
-                inside += found.numel()
-                gathered.append(found)
-        if below <= k < below + inside:
-            if low == high:
+        upto, below = count(tensors, torch.le, low), count(tensors, torch.lt, high)
+        if upto <= k < below:
+            inside = [chunk[(chunk > low) & (chunk < high)] for chunk in _chunks(tensors, low)]
+            return torch.cat(inside).kthvalue(k - upto + 1).values
+        if k < upto:
+            if count(tensors, torch.lt, low) <= k:
                 return low
-            return torch.cat(gathered).kthvalue(k - below + 1).values
-        infinity = torch.full_like(low, math.inf)  # the sample misled: take everything on the side it missed
-        low, high = (-infinity, low) if k < below else (high, infinity)
+            low, high = torch.full_like(low, -math.inf), low
+        else:
+            if k < count(tensors, torch.le, high):
+                return high
+            low, high = high, torch.full_like(high, math.inf)
 
 
-def smallest_below(tensors: Sequence[Tensor], value: Tensor) -> list[int]:
-    """Per tensor, how many elements are smaller than ``value``."""
-    return [sum(int((chunk < value).sum()) for chunk in _chunks([t])) for t in tensors]
+def count(tensors: Sequence[Tensor], compare: Callable[[Tensor, Tensor], Tensor], value: Tensor) -> int:
+    """How many elements compare so with ``value``: ``torch.lt`` counts those that are smaller."""
+    return sum(int(compare(chunk, value).count_nonzero()) for chunk in _chunks(tensors, value))
 
 
-def best(scores: Tensor, count: int) -> Tensor:
-    """Flags of the ``count`` largest elements of a flat tensor; among equals the first ones stay."""
+def best(scores: Tensor, kept: int) -> Tensor:
+    """Flags of the ``kept`` largest elements of a flat tensor; among equals the first ones stay."""
     n = scores.numel()
-    if count >= n or count <= 0:
-        return torch.full((n,), count > 0, dtype=torch.bool, device=scores.device)
-    value = kth_smallest([scores], n - count)
-    keep = scores > value
-    missing = count - int(keep.sum())
-    keep[(scores == value).nonzero()[:missing, 0]] = True
+    if not 0 < kept < n:
+        return torch.full((n,), kept > 0, dtype=torch.bool, device=scores.device)
+    value = kth_smallest([scores], n - kept)
+    keep = scores >= value
+    surplus = int(keep.count_nonzero()) - kept
+    for part, flags in zip(reversed(scores.split(_CHUNK)), reversed(keep.split(_CHUNK)), strict=True):
+        if not surplus:
+            break
+        last = (part == value).nonzero()[-surplus:, 0]
+        flags[last] = False
+        surplus -= len(last)
     return keep
 
 
-def _bracket(tensors: Sequence[Tensor], k: int, total: int) -> tuple[Tensor, Tensor]:
-    """Two values that very likely enclose the wanted one: sample quantiles, six standard errors apart."""
-    stride = max(1, total // _SAMPLE)
+def _bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Two values that enclose the wanted one, unless the sample is six standard errors off."""
+    total = sum(t.numel() for t in tensors)
     dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).bits)
-    sample = torch.cat([t.flatten()[::stride].to(dtype) for t in tensors if t.numel()]).sort().values
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for flat in (t.flatten() for t in tensors if t.numel()):
+        drawn = torch.randint(len(flat), (math.ceil(_SAMPLE / total * len(flat)),), generator=generator)
+        parts.append((flat[drawn.to(flat.device)] if total > _SAMPLE else flat).to(parts[0] if parts else dtype))
+    sample = torch.cat(parts).sort().values
     n, p = len(sample), (k + 0.5) / total
-    margin = 6 * math.sqrt(p * (1 - p) / n) + 2 / n if stride > 1 else 0.5 / n
-    first, last = math.floor((p - margin) * n), math.ceil((p + margin) * n)
+    margin = 6 * math.sqrt(p * (1 - p) * n) + 2
+    first, last = math.floor(p * n - margin), math.ceil(p * n + margin)
     infinity = torch.full_like(sample[0], math.inf)
-    return (sample[first] if first >= 0 else -infinity), (sample[last] if last < n else infinity)
+    return sample[first] if first >= 0 else -infinity, sample[last] if last < n else infinity
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+def _chunks(tensors: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
+    """All elements, flat, chunk by chunk, in the dtype and on the device of ``like``."""
     for tensor in tensors:
-        yield from torch.split(tensor.flatten(), _CHUNK)
+        for chunk in tensor.flatten().split(_CHUNK):
+            yield chunk.to(like)

@@ -6,7 +6,6 @@ No hooks on the model, no extra parameters or buffers: what has zeros is an ordi
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.plan import Plan
+from secateur.tasks import clone
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -23,7 +23,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     Raises PlanError where the plan is not for this model.
     """
     plan.check_fits(model)
-    return mask_(copy.deepcopy(model), plan)
+    return mask_(clone(model), plan)
 
 
 def mask_(model: nn.Module, plan: Plan) -> nn.Module:

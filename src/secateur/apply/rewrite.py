@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen
 
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, Op, operator_name
@@ -29,8 +28,7 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(program.module.graph, new))
-    signature = program.module.graph._codegen
-    graph._codegen = _Signature(signature.pytree_info) if isinstance(signature, _PyTreeCodeGen) else signature
+    graph._codegen = program.module.graph._codegen
     writer = _Writer(program, model, alive, root, graph, new)
     for node in program.module.graph.nodes:
         if node.op == "get_attr":
@@ -41,13 +39,6 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     return fx.GraphModule(root, graph).train(model.training)
-
-
-class _Signature(_PyTreeCodeGen):
-    """How the program takes and returns nested values; nothing in it changes, so copies can share it."""
-
-    def __deepcopy__(self, memo: Any) -> _Signature:
-        return self
 
 
 class _Writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from secateur.graph import Graph, analyze
 from secateur.graph.trace import run
 from secateur.graph.types import Flags
 from secateur.plan import Plan
+from secateur.tasks import clone
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-8,
@@ -88,7 +88,7 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
         raise PlanError("this plan was loaded from a file; give example inputs: shrink(model, plan, inputs)")
     keep = _flags(graph, plan)
     inputs = graph.inputs
-    small = copy.deepcopy(model)
+    small = clone(model)
     resize_(small, plan.slices)
     oracle = run(rewrite(graph.program, small, graph.alive(keep)), inputs)
     form, why = "module", _why_not(small, inputs, oracle, _tolerance(model))

@@ -18,7 +18,7 @@ from secateur.errors import DataError
 from secateur.plan import Plan
 from secateur.progress import track
 from secateur.recover.distill import distillation_loss
-from secateur.tasks import Task, batches, call, device_of, evaluate, mode
+from secateur.tasks import Task, batches, call, clone, device_of, evaluate, mode
 
 WARMUP = 0.05
 """Part of the steps over which the learning rate rises: momentum starts from nothing."""
@@ -68,7 +68,7 @@ def recover(
     does not make a model worse there. Raises DataError for a loss that is NaN or infinite, an empty
     split, or a model without trainable parameters.
     """
-    student = copy.deepcopy(model)
+    student = clone(model)
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise DataError("the model has no trainable parameters; set requires_grad on those to fine-tune")

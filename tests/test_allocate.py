@@ -1,0 +1,118 @@
+"""Exact selection, ladders, and allocations that people edit."""
+
+import pytest
+import torch
+
+from secateur.allocate import Allocation, best, climb, kth, kth_smallest, resolve
+from secateur.errors import DataError, PlanError, SpecError
+
+
+def nasty(kind, n, generator):
+    x = torch.randn(n, generator=generator)
+    return {
+        "normal": x,
+        "ties": x.round(),
+        "constant": torch.full((n,), 2.5),
+        "mostly zero": torch.where(torch.rand(n, generator=generator) < 0.95, 0.0, x),
+        "denormal": x * 1e-42,
+        "signed zeros": torch.where(x > 0, 0.0, -0.0),
+        "wide": x.sign() * 10 ** (x * 10),
+        "sorted": x.sort().values,
+        "negative": -x.abs(),
+    }[kind]
+
+
+KINDS = ["normal", "ties", "constant", "mostly zero", "denormal", "signed zeros", "wide", "sorted", "negative"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sample", [16, 1 << 18])
+def test_kth_smallest_equals_sorting(kind, sample, monkeypatch):
+    monkeypatch.setattr(kth, "_SAMPLE", sample)
+    monkeypatch.setattr(kth, "_CHUNK", 100)
+    g = torch.Generator().manual_seed(0)
+    tensors = [nasty(kind, n, g) for n in (1, 700, 3, 1000)]
+    ordered = torch.cat(tensors).sort().values
+    for k in (0, 1, 2, 500, 851, 852, 1702, 1703):
+        assert kth_smallest(tensors, k) == ordered[k]
+
+
+def test_a_sample_that_misleads_is_noticed(monkeypatch):
+    monkeypatch.setattr(kth, "_SAMPLE", 10)
+    x = torch.arange(10_000.0)
+    x[::1000] = 1e9  # exactly what a stride of 1000 picks
+    for k in (0, 5_000, 9_989, 9_990, 9_999):
+        assert kth_smallest([x], k) == x.sort().values[k]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [0, 1, 37, 499, 500])
+def test_best_keeps_exactly_the_count_and_the_largest(kind, count):
+    scores = nasty(kind, 500, torch.Generator().manual_seed(1))
+    keep = best(scores, count)
+    assert int(keep.sum()) == count
+    if 0 < count < 500:
+        assert scores[keep].min() >= scores[~keep].max()
+
+
+def test_among_equals_the_first_stay():
+    assert best(torch.tensor([1.0, 5, 1, 1, 5]), 3).tolist() == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["uniform", "global"])
+def test_ladders_never_grow_and_end_empty(name):
+    scores = {"a": torch.rand(7).round(decimals=1), "b": torch.rand(30).round(decimals=1), "c": torch.zeros(4)}
+    ladder = resolve(name)(scores)
+    previous = ladder.kept(0)
+    assert previous == {"a": 7, "b": 30, "c": 4}
+    for rung in range(1, ladder.rungs + 1):
+        counts = ladder.kept(rung)
+        assert all(counts[p] <= previous[p] for p in counts)
+        previous = counts
+    assert set(previous.values()) == {0}
+
+
+def test_the_global_ladder_removes_one_unit_a_rung_lowest_first():
+    ladder = resolve("global")({"a": torch.tensor([3.0, 1, 2]), "b": torch.tensor([2.0, 0])})
+    assert [ladder.kept(r) for r in range(5)] == [
+        {"a": 3, "b": 2}, {"a": 3, "b": 1}, {"a": 2, "b": 1}, {"a": 2, "b": 0}, {"a": 1, "b": 0},
+    ]  # fmt: skip
+
+
+def test_scaling_scores_changes_nothing():
+    scores = {"a": torch.rand(50), "b": torch.rand(80)}
+    for relative, scaled in (
+        (False, {n: s * 8 for n, s in scores.items()}),
+        (True, {"a": scores["a"] * 8, "b": scores["b"] / 4}),
+    ):
+        one, other = (resolve("global")(s, relative) for s in (scores, scaled))
+        assert all(one.kept(r) == other.kept(r) for r in range(0, 130, 7))
+
+
+def test_climb_finds_the_first_rung_that_fits():
+    ladder = resolve("uniform")({"a": torch.rand(100)})
+    assert climb(ladder, dict, lambda c: c["a"] <= 37) == {"a": 37}
+    assert climb(ladder, dict, lambda c: True) == {"a": 100}
+    assert climb(ladder, dict, lambda c: False) is None
+
+
+def test_an_allocation_survives_json():
+    allocation = Allocation({"a": 3, "b": 0}, {"a": 8, "b": 2})
+    assert Allocation.from_json(allocation.to_json()) == allocation
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 3}', '{"a": [1, 2, 3]}', "{"])
+def test_damaged_json_is_refused(text):
+    with pytest.raises(DataError, match=r"an allocation is JSON of the form"):
+        Allocation.from_json(text)
+
+
+@pytest.mark.parametrize("text", ['{"a": [9, 8]}', '{"a": [-1, 8]}', '{"a": ["3", 8]}'])
+def test_impossible_counts_are_refused(text):
+    with pytest.raises(PlanError, match=r"allocation of 'a' keeps .*; expected 0 to 8 units"):
+        Allocation.from_json(text)
+
+
+def test_an_unknown_strategy_names_the_known_ones():
+    with pytest.raises(SpecError, match="'globle' is unknown; there are global, uniform"):
+        resolve("globle")

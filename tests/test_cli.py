@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from secateur.cli import app
+
+NET = """
+import torch
+from torch import nn
+from secateur.tasks import Classification
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )
+
+def data():
+    torch.manual_seed(1)
+    x, y = torch.randn(48, 3, 8, 8), torch.randint(4, (48,))
+    return Classification(train=(x[:16], y[:16]), validation=(x[16:32], y[16:32]), test=(x[32:], y[32:]))
+
+def crashing():
+    raise RuntimeError("weights are gone")
+"""
+SHAPE = ["--input", "1x3x8x8"]
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def secateur(*words: str) -> Result:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def mistake(*words: str) -> str:
+    """The one line that a user's mistake gets."""
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2, result.output
+    assert not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("secateur: ")
+    return line
+
+
+def test_inspect_lists_axes_and_why_some_are_frozen() -> None:
+    found = json.loads(secateur("inspect", "small.py:net", *SHAPE, "--json").stdout)
+    axes = {axis["axis"]: axis for axis in found["axes"]}
+    assert axes["0"] == {"axis": "0", "units": 8, "frozen": "", "parameters": 8 * 27 + 2 * 8 + 8 * 72}
+    assert "output" in axes["7"]["frozen"]
+    assert found["params"] == 8 * 27 + 16 + 8 * 72 + 8 + 4 * 8 + 4
+    table = secateur("inspect", "small.py:net", *SHAPE).stdout
+    assert "frozen: model output" in table
+    assert "2 of 4 axes are free" in table
+
+
+def test_prune_writes_a_directory_that_the_other_verbs_read() -> None:
+    words = ["small.py:net", "--data", "small.py:data", "--budget", "macs=50%", "--epochs", "1", "--out", "out"]
+    report = json.loads(secateur("prune", *words, "--json").stdout)
+    assert [row["stage"] for row in report["rows"]] == ["dense", "pruned", "recalibrated", "recovered"]
+    assert report["rows"][-1]["macs"] <= 0.5 * report["rows"][0]["macs"]
+    assert report == json.loads(Path("out/report.json").read_text())
+
+    Path("out/report.html").unlink()
+    shown = secateur("report", "out").stdout
+    assert "recovered" in shown
+    assert Path("out/report.html").is_file()
+
+    bench = json.loads(
+        secateur(
+            "bench", "out", "--against", "small.py:net", "--data", "small.py:data", "--seconds", "0.1", "--json"
+        ).stdout
+    )
+    assert [row["stage"] for row in bench["rows"]] == ["small.py:net", "out"]
+    assert [row["params"] for row in bench["rows"]] == [report["rows"][i]["params"] for i in (0, -1)]
+    assert bench["rows"][1]["accuracy"] == report["rows"][-1]["accuracy"]
+    assert "of the time of small.py:net" in bench["notes"][0]
+
+    path = secateur("export", "out", "--dense", "small.py:net", "--out", "onnx").stdout.strip()
+    assert Path(path) == Path("onnx/model.onnx")
+    assert Path(path).is_file()
+
+
+def test_ignore_and_override_reach_the_plan() -> None:
+    words = ["small.py:net", *SHAPE, "--pattern", "unstructured", "--budget", "sparsity=50%", "--out", "out", "--json"]
+    report = json.loads(secateur("prune", *words, "--ignore", "7.weight", "--override", "0.*=25%").stdout)
+    kept = {layer["name"]: layer["kept"] for layer in report["layers"]}
+    assert kept["0.weight"] == 0.75
+    assert kept["7.weight"] == 1.0
+    assert kept["3.weight"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "nowhere", *SHAPE], "model 'nowhere' is none of timm:NAME"),
+        (["inspect", "small.py:net"], "give its shape as --input 1x3x32x32, or --data"),
+        (["inspect", "small.py:net", "--input", "1,3"], "input shape '1,3' cannot be read"),
+        (["inspect", "small.py:crashing", *SHAPE], "could not be loaded: RuntimeError: weights are gone"),
+        (["inspect", "small.py:net", "--data", "no/such/folder"], "no/such/folder"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--budget", "macs=half"], "'macs=half' cannot be read"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--budget", "macs=1%"], "nearest"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out"], "needs a budget"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--override", "0.*"], "expected GLOB=PART"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--override", "0.*=nan"], "expected GLOB=PART"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--budget", "macs=50%", "--epochs", "1"], "needs task"),
+        (["report", "."], "report.json is not there"),
+        (["bench", "."], "model.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], message: str) -> None:
+    assert message in mistake(*words)
+    assert not Path("out").exists()
+
+
+def test_a_directory_of_ones_own_class_asks_for_it() -> None:
+    secateur("prune", "small.py:net", *SHAPE, "--budget", "macs=50%", "--out", "out")
+    assert "code is not run on a directory's word" in mistake("export", "out", "--out", "onnx")
+
+
+def test_debug_gives_the_traceback() -> None:
+    result = CliRunner().invoke(app, ["--debug", "inspect", "nowhere", *SHAPE])
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "SpecError"
+
+
+def test_the_version() -> None:
+    assert secateur("--version").stdout == "secateur 0.1.0\n"

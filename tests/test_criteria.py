@@ -1,0 +1,121 @@
+"""Criteria and the statistics they ask for."""
+
+import pytest
+import torch
+from torch import nn
+
+from nets import build
+from secateur.criteria import BUILT_IN, needs, resolve, score
+from secateur.errors import DataError, SpecError
+from secateur.graph import analyze
+from secateur.tasks import Classification
+from secateur.testing import check_criterion
+
+
+def task(inputs, classes=5, n=12):
+    x = inputs[:1].expand(n, *inputs.shape[1:]) + 0.1 * torch.randn(n, *inputs.shape[1:])
+    split = (x, torch.arange(n) % classes)
+    return Classification(split, split, split, batch_size=4)
+
+
+@pytest.mark.parametrize("criterion", BUILT_IN)
+@pytest.mark.parametrize("net", ["plain", "residual", "grouped"])
+def test_every_criterion_works_with_every_pattern(criterion, net):
+    model, inputs = build(net)
+    check_criterion(criterion, model, inputs, task(inputs))
+
+
+def test_one_of_your_own_in_six_lines():
+    @needs("grad_abs")
+    def mine(weight, stats):
+        return weight.abs().sqrt() * stats["grad_abs"]
+
+    model, inputs = build("plain")
+    check_criterion(mine, model, inputs, task(inputs))
+
+
+def test_what_was_not_declared_is_not_collected():
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match=r"'grad_abs' was not collected; declare it: @needs\('grad_abs'\)"):
+        score(model, analyze(model, inputs), lambda w, stats: w * stats["grad_abs"])
+
+
+def test_gradients_need_data():
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match="give task="):
+        score(model, analyze(model, inputs), "taylor")
+
+
+def test_taylor_is_the_weight_times_the_mean_gradient():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(8, 4)
+    y = torch.arange(8) % 3
+    t = Classification((x, y), (x, y), (x, y), calibration=(x, y), batch_size=4)
+    found = score(model, analyze(model, x), "taylor", t)["0.weight"]
+    grads = []
+    for i in (0, 4):
+        loss = nn.functional.cross_entropy(model(x[i : i + 4]), y[i : i + 4])
+        grads.append(torch.autograd.grad(loss, model[0].weight)[0].abs())
+    assert torch.allclose(found, model[0].weight.abs() * torch.stack(grads).mean(0))
+
+
+def test_collecting_leaves_gradients_modes_and_flags_alone():
+    model, inputs = build("plain")
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    score(model, analyze(model, inputs), "taylor", task(inputs))
+    assert model.training
+    assert not model[0].weight.requires_grad
+    assert torch.equal(model[3].weight.grad, torch.ones_like(model[3].weight))
+    assert model[0].weight.grad is None
+
+
+def test_batch_norm_scale_orders_outputs_by_gamma():
+    model, inputs = build("plain")
+    found = score(model, analyze(model, inputs), "bn_scale")["0.weight"]
+    rows = found.flatten(1).mean(1)
+    assert torch.equal(rows.argsort(), model[1].weight.abs().argsort())
+
+
+def test_random_depends_on_the_seed_and_the_name_only():
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    a, b, c = (score(model, graph, "random", seed=s) for s in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) and not torch.equal(a[n], c[n]) for n in a)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    model[3].weight.data[0, 0, 0, :2] = bad
+    with pytest.raises(DataError, match=r"2 of 864 values of weight '3.weight' are NaN or infinite; repair or retrain"):
+        score(model, graph)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (lambda w, s: w.sum(0), r"gave \[3, 3, 3\] for '0.weight', expected \[8, 3, 3, 3\]"),
+        (lambda w, s: 1.0, "gave float for '0.weight'"),
+        (lambda w, s: w.log(), "the scores of '0.weight'"),
+    ],
+)
+def test_bad_scores_are_named(criterion, message):
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match=message):
+        score(model, analyze(model, inputs), criterion)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("magnitud", "is unknown; there are magnitude, l2, random, bn_scale, taylor"),
+        ("nowhere:f", "cannot be imported"),
+        ("math:pi", "is a float"),
+        (3, "found int"),
+    ],
+)
+def test_unknown_criteria(name, message):
+    with pytest.raises(SpecError, match=message):
+        resolve(name)

@@ -104,8 +104,17 @@ def pool(pattern: Pattern, scores: Tensor, weight: Weight) -> Tensor:
 
 
 def unit_size(pattern: Pattern) -> int:
-    """Elements of one unit; blocks at the edge of a weight may have fewer."""
+    """Elements of one unit; blocks at the edge of a weight may have fewer (see ``edge_sizes``)."""
     return pattern.rows * pattern.cols if isinstance(pattern, Block) else 1
+
+
+def edge_sizes(pattern: Pattern, weight: Weight) -> Tensor | None:
+    """Elements of every unit, flat, where blocks do not tile the weight; None where all units are equal."""
+    outputs = weight.shape[weight.out_dim]
+    inputs = weight.numel // outputs
+    if not isinstance(pattern, Block) or (outputs % pattern.rows == 0 and inputs % pattern.cols == 0):
+        return None
+    return _sizes(pattern, outputs, inputs).flatten()
 
 
 def spread(pattern: Pattern, keep: Tensor, weight: Weight) -> Tensor:

@@ -119,8 +119,12 @@ def _allocate_masks(
     weights, dense, size = graph.weights, graph.cost(), patterns.unit_size(pattern)
     places = [(n, weights[n]) for n in units]
 
-    def elements(counts: Counts) -> dict[str, int]:  # blocks at an edge are counted as whole: never too many
-        return {n: min(counts[n] * size, w.numel) for n, w in places}
+    edges = {n: s for n, w in places if (s := patterns.edge_sizes(pattern, w)) is not None}
+    kept_in = {n: s[units[n].argsort(descending=True, stable=True).cpu()].cumsum(0) for n, s in edges.items()}
+
+    def elements(counts: Counts) -> dict[str, int]:
+        ragged = {n: int(sums[counts[n] - 1]) if counts[n] else 0 for n, sums in kept_in.items()}
+        return {n: ragged.get(n, counts[n] * size) for n, _ in places}
 
     def cost(counts: Counts) -> float:
         kept = elements(counts)

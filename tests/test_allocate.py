@@ -40,7 +40,7 @@ def test_kth_smallest_equals_sorting(kind, sample, monkeypatch):
 def test_a_sample_that_misleads_is_noticed(monkeypatch):
     monkeypatch.setattr(kth, "_SAMPLE", 10)
     x = torch.arange(10_000.0)
-    x[::1000] = 1e9  # exactly what a stride of 1000 picks
+    x[::1000] = 1e9
     for k in (0, 5_000, 9_989, 9_990, 9_999):
         assert kth_smallest([x], k) == x.sort().values[k]
 
@@ -79,6 +79,31 @@ def test_the_global_ladder_removes_one_unit_a_rung_lowest_first():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["bisection", "random"])
+def test_the_global_ladder_removes_the_lowest_whatever_was_asked_before(kind, order, monkeypatch):
+    monkeypatch.setattr(kth, "_CHUNK", 100)
+    g = torch.Generator().manual_seed(0)
+    scores = {str(i): nasty(kind, n, g) for i, n in enumerate((300, 1, 0, 450))}
+    owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])
+    # Ascending, and among equals those of the last places first.
+    ranked = owner.flip(0)[torch.cat(list(scores.values())).flip(0).sort(stable=True).indices]
+    ladder = resolve("global")(scores)
+    rungs = [375, 187, 281, 234, 257, 245, 251] if order == "bisection" else torch.randint(752, (12,)).tolist()
+    for rung in rungs:
+        gone = torch.bincount(ranked[:rung], minlength=4).tolist()
+        assert list(ladder.kept(rung).values()) == [300 - gone[0], 1 - gone[1], 0, 450 - gone[3]]
+
+
+def test_places_of_different_precision_compete_exactly():
+    scores = {"half": torch.tensor([0.1, 0.2], dtype=torch.bfloat16), "single": torch.linspace(0.0995, 0.1005, 101)}
+    ordered = torch.cat([s.float() for s in scores.values()]).sort().values
+    for rung in range(1, 103):
+        kept = resolve("global")(scores).kept(rung)
+        assert sum(kept.values()) == 103 - rung
+        assert kept["half"] == int((scores["half"].float() >= ordered[rung]).sum())
+
+
 def test_scaling_scores_changes_nothing():
     scores = {"a": torch.rand(50), "b": torch.rand(80)}
     for relative, scaled in (
@@ -107,9 +132,9 @@ def test_damaged_json_is_refused(text):
         Allocation.from_json(text)
 
 
-@pytest.mark.parametrize("text", ['{"a": [9, 8]}', '{"a": [-1, 8]}', '{"a": ["3", 8]}'])
+@pytest.mark.parametrize("text", ['{"a": [9, 8]}', '{"a": [-1, 8]}', '{"a": ["3", 8]}', '{"a": [3, "8"]}'])
 def test_impossible_counts_are_refused(text):
-    with pytest.raises(PlanError, match=r"allocation of 'a' keeps .*; expected 0 to 8 units"):
+    with pytest.raises(PlanError, match=r"allocation of 'a' keeps .*; expected 0 to '?8'? units"):
         Allocation.from_json(text)
 
 

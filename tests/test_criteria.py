@@ -70,6 +70,32 @@ def test_collecting_leaves_gradients_modes_and_flags_alone():
     assert model[0].weight.grad is None
 
 
+class Lossy(Classification):
+    """A task with the loss given."""
+
+    def loss(self, output, target):
+        return self.bad(output)
+
+
+@pytest.mark.parametrize(
+    "bad", [lambda o: o.mean() / 0, lambda o: o.sum(1), lambda o: torch.ones(()), lambda o: o.detach().mean()]
+)
+def test_a_loss_that_tells_nothing_is_refused(bad, monkeypatch):
+    model, inputs = build("plain")
+    model.train()
+    data = (inputs, torch.zeros(len(inputs), dtype=torch.long))
+    monkeypatch.setattr(Lossy, "bad", staticmethod(bad), raising=False)
+    with pytest.raises(DataError, match=r"the loss on calibration batch 0 is .*; expected one finite number"):
+        score(model, analyze(model, inputs), "taylor", Lossy(data, data, data))
+    assert model.training
+
+
+def test_a_batch_norm_over_another_dimension_is_none_of_the_outputs():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(32, 3)), torch.randn(2, 4, 6)
+    found = score(model, analyze(model, x), "bn_scale")["0.weight"]
+    assert torch.allclose(found, torch.ones(8, 6), rtol=2e-3)
+
+
 def test_batch_norm_scale_orders_outputs_by_gamma():
     model, inputs = build("plain")
     found = score(model, analyze(model, inputs), "bn_scale")["0.weight"]
@@ -99,6 +125,7 @@ def test_weights_that_are_not_finite_are_named(bad):
         (lambda w, s: w.sum(0), r"gave \[3, 3, 3\] for '0.weight', expected \[8, 3, 3, 3\]"),
         (lambda w, s: 1.0, "gave float for '0.weight'"),
         (lambda w, s: w.log(), "the scores of '0.weight'"),
+        (lambda w, s: w > 0, "gave torch.bool for '0.weight', expected floating point"),
     ],
 )
 def test_bad_scores_are_named(criterion, message):

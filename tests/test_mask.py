@@ -102,6 +102,14 @@ def test_moments_of_removed_weights_are_gone_afterwards():
             assert bool((state[what][keep] != 0).any())
 
 
+def test_a_plan_that_removes_nothing_asks_for_nothing():
+    model, x, plan = planned(pattern="channel", budget="params=100%")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert not plan.tensors
+    with keep_zeros(model, plan, optimizer):
+        train(model, x, optimizer)
+
+
 def test_what_a_step_blows_up_is_wiped():
     model, x, plan = planned()
     optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))

@@ -92,3 +92,9 @@ def test_a_weight_with_too_few_inputs_says_why_not():
     assert why_not(NM(2, 4), weight(16, 3, 3, 3)) == "has 3 inputs, fewer than the 4 of a 2:4 group"
     assert why_not(NM(2, 4), weight(16, 4)) == ""
     assert why_not(Unstructured(), weight(1, 1)) == ""
+
+
+def test_a_weight_smaller_than_a_block_says_why_not():
+    assert why_not(Block(4, 8), weight(16, 2, 2, 1)) == "is 16x4, smaller than a block of 4x8"
+    assert why_not(Block(1, 10**12), weight(16, 4)).startswith("is 16x4, smaller")
+    assert why_not(Block(4, 8), weight(5, 9)) == ""

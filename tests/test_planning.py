@@ -235,6 +235,12 @@ HOSTILE = {
     "foreign slice": lambda t: t["slices"].update({"../../etc/passwd": [0]}),
     "bad dimension": lambda t: t["slices"].update({"0.weight": [9]}),
     "not a table": lambda t: t.update(units=[]),
+    "negative dimension": lambda t: t["slices"].update({"0.weight": [-4]}),
+    "allocation of other places": lambda t: t["allocation"].update({"ghost": [1, 8]}),
+    "infinite size": lambda t: t["units"].update({"0": float("inf")}),
+    "unknown pattern": lambda t: t.update(pattern="rows"),
+    "unknown key": lambda t: t.update(extra=1),
+    "no table at all": lambda t: t.clear(),
     "newer": lambda t: t.update(version=99),
     "forgotten flags": lambda t: t["units"].pop("0"),
 }

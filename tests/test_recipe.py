@@ -67,13 +67,29 @@ def test_modules_of_the_current_folder_are_found(file: Path, monkeypatch: pytest
         ("./nowhere.py:net", "there is no file .*nowhere.py"),
         ("no_such_package.nets:net", "there is no module 'no_such_package.nets'"),
         ("torch.nn:Identitty", "has no function 'Identitty'; it has Identity"),
-        ("timm:resnet_eighteen", "timm has no model 'resnet_eighteen'; close names are .*resnet"),
-        ("hf:./no/such/folder/at/all", "hf:.* could not be loaded"),
     ],
 )
-def test_what_cannot_be_used_is_told(file: Path, spec: str, message: str, torchvision: object) -> None:
+def test_what_cannot_be_used_is_told(file: Path, spec: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_model(spec.format(file=file))
+
+
+def test_an_unknown_name_of_a_package_is_told(torchvision: object) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(SpecError, match=r"timm has no model 'resnet_eighteen'; close names are .*resnet"):
+        load_model("timm:resnet_eighteen")
+    with pytest.raises(SpecError, match=r"torchvision has no model 'resnet_18'; close names are .*resnet18"):
+        load_model("torchvision:resnet_18")
+
+
+def test_a_hugging_face_model_comes_from_a_folder(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    assert type(load_model(f"hf:{tmp_path}")).__name__ == "LlamaForCausalLM"
+    with pytest.raises(SpecError, match=r"hf:\./no/such/folder could not be loaded"):
+        load_model("hf:./no/such/folder")
 
 
 def test_a_file_that_fails_is_told_and_tried_again(file: Path) -> None:

@@ -33,6 +33,9 @@ from secateur.store import Result
 from secateur.targets.onnx import export_onnx
 from secateur.tasks import Interval, Scores, Task, batches, evaluate, paired_difference, proportion
 
+SECONDS = 2.0
+"""How long a pair of models is timed."""
+
 
 def plan(model: nn.Module, inputs: Any, **wishes: Any) -> Plan:
     """Choose what stays, without touching the model: ``analyze`` and ``secateur.planning.make`` in one call.
@@ -153,8 +156,7 @@ def _recover(
 
 # --- latency ---------------------------------------------------------------------------------------
 
-_STEPS = 7
-_SECONDS = 0.6
+_STEPS = 7  # halvings of the range of MACs
 
 
 def _meet_latency(model: nn.Module, graph: Graph, wish: Budget, wishes: Mapping[str, Any]) -> Plan:
@@ -163,7 +165,7 @@ def _meet_latency(model: nn.Module, graph: Graph, wish: Budget, wishes: Mapping[
     def attempt(part: float) -> tuple[Plan, float]:
         chosen = make(model, graph, budget=f"macs={100 * part:.4f}%", **wishes)
         small = carry_out(model, chosen, verify=False).model
-        times = latency({"dense": model, "small": small}, graph.inputs, _SECONDS)
+        times = latency({"dense": model, "small": small}, graph.inputs, SECONDS / 4)
         if wish.relative:
             return chosen, times["small"].ratio(times["dense"]).value
         return chosen, times["small"].spread.value
@@ -216,7 +218,7 @@ class _Log:
     def __post_init__(self) -> None:
         # Both are timed in turns: on a shared machine nothing else compares.
         inputs = self.graph.inputs
-        self.costs = measure(self.done.model, inputs, {"dense": self.dense})
+        self.costs = measure(self.done.model, inputs, {"dense": self.dense}, SECONDS)
         timed = self.costs.against["dense"]
         self.ratio = self.costs.latency.ratio(timed)
         self.before: Scores | None = None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
 from fractions import Fraction
 
 from secateur.errors import SpecError
@@ -58,7 +57,7 @@ def parse(text: str) -> Budget:
     if not isinstance(text, str):
         raise SpecError(f"a budget is a text such as 'macs=50%', found {type(text).__name__}")
     kind, equals, written = (part.strip() for part in text.partition("="))
-    found = re.fullmatch(r"(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?)\s*([A-Za-z%]*)", written)
+    found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d\d?)?)\s*([A-Za-z%]*)", written)
     if kind not in KINDS or not equals or found is None or len(written) > 40:
         raise _unreadable(text)
     number, unit = Fraction(found[1]), found[2]
@@ -66,13 +65,13 @@ def parse(text: str) -> Budget:
         if unit:
             raise _unreadable(text)
         return Budget(kind, number, relative=False)
-    if unit == "%" or (not unit and number < 1 and "." in found[1]):
+    if unit == "%" or (not unit and number < 1):
         value = number / 100 if unit == "%" else number
         if not (0 <= value < 1 if kind in ("sparsity", "max_drop") else 0 < value <= 1):
             raise SpecError(f"budget {text!r} is out of range; expected a part of the dense model, such as {kind}=50%")
         return Budget(kind, value, relative=True)
     units = _UNITS.get(kind, {})
-    if unit not in units or number == 0:
+    if unit not in units or number == 0 or (kind != "latency" and number * units[unit] < 1):
         raise _unreadable(text)
     return Budget(kind, number * units[unit], relative=False)
 
@@ -86,7 +85,6 @@ def _unreadable(text: str) -> SpecError:
 
 def _decimal(value: Fraction) -> str:
     """Exact decimal notation: everything that ``parse`` reads has one."""
-    places = 0
-    while value.denominator != 1 and places < 400:
-        value, places = value * 10, places + 1
-    return format(Decimal(int(value)).scaleb(-places).normalize(), "f")
+    places = next(n for n in range(400) if 10**n % value.denominator == 0)
+    whole, part = divmod(int(value * 10**places), 10**places)
+    return f"{whole}.{part:0{places}d}" if places else str(whole)

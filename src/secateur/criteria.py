@@ -120,6 +120,8 @@ def score(
         if not isinstance(found, Tensor) or found.shape != weight.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise DataError(f"criterion {_label(criterion)} gave {shape} for {name!r}, expected {list(weight.shape)}")
+        if not found.is_floating_point():
+            raise DataError(f"criterion {_label(criterion)} gave {found.dtype} for {name!r}, expected floating point")
         _require_finite(found, f"the scores of {name!r} by {_label(criterion)}", "expected finite numbers")
         scores[name] = found.detach().contiguous()
     return scores

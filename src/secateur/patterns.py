@@ -88,6 +88,10 @@ def why_not(pattern: Pattern, weight: Weight) -> str:
     """Why the pattern cannot be applied to a weight; "" where it can."""
     if isinstance(pattern, NM) and weight.shape[weight.in_dim] < pattern.m:
         return f"has {weight.shape[weight.in_dim]} inputs, fewer than the {pattern.m} of a {pattern} group"
+    if isinstance(pattern, Block):
+        outputs = weight.shape[weight.out_dim]
+        if outputs < pattern.rows or weight.numel // outputs < pattern.cols:
+            return f"is {outputs}x{weight.numel // outputs}, smaller than a block of {pattern.rows}x{pattern.cols}"
     return ""
 
 

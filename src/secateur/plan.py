@@ -16,6 +16,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from secateur import patterns
 from secateur.allocate import Allocation
 from secateur.errors import DataError, PlanError
 from secateur.files import read_json, write_atomic
@@ -23,6 +24,7 @@ from secateur.graph.types import Graph
 
 VERSION = 1
 TEXT, BITS = "plan.json", "plan.safetensors"
+KEYS = {"version", "pattern", "budget", "allocation", "shapes", "units", "slices", "masks", "meta"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,10 +120,12 @@ class Plan:
                 raise DataError(
                     f"{path} has format version {text['version']}, this Secateur reads {VERSION}; update it"
                 )
+            if foreign := set(text) - KEYS:
+                raise DataError(f"{path} holds {min(foreign)!r}, which no plan has; see docs/format.md")
             bits = parse_safetensors((Path(folder) / BITS).read_bytes())
             shapes = {str(name): tuple(int(n) for n in shape) for name, shape in text["shapes"].items()}
             plan = cls(
-                pattern=str(text["pattern"]),
+                pattern=str(patterns.parse(text["pattern"])),
                 budget=str(text["budget"]),
                 allocation=Allocation.from_json(json.dumps(text["allocation"])),
                 masks={n: _unpack(bits.pop(f"mask/{n}"), shapes[n]) for n in text["masks"]},
@@ -133,15 +137,7 @@ class Plan:
                 shapes=shapes,
                 meta={str(k): v for k, v in text["meta"].items() if isinstance(v, (str, int))},
             )
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
+        except (OSError, SafetensorError, LookupError, TypeError, ArithmeticError, ValueError, AttributeError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"the plan in {folder} is damaged: {type(error).__name__}: {error}") from error
@@ -151,12 +147,19 @@ class Plan:
         return plan
 
     def _check_counts(self, path: Path) -> None:
+        kept, total = self.allocation.kept, self.allocation.total
+        if kept.keys() != self.units.keys() | self.masks.keys():
+            raise DataError(f"{path}: the allocation is for other places than the flags")
         for name, flags in (*self.units.items(), *self.masks.items()):
-            kept = self.allocation.kept.get(name)
-            if name in self.units and kept is not None and kept != int(flags.sum()):
-                raise DataError(f"{path}: {name!r} keeps {int(flags.sum())} units, its allocation says {kept}")
-            if not bool(flags.any()) and name in self.units:
+            n, size = int(flags.sum()), flags.numel()
+            blocks = isinstance(patterns.parse(self.pattern), patterns.Block)  # those are counted, not their weights
+            if (n, size) != (kept[name], total[name]) and not blocks:
+                raise DataError(f"{path}: {name!r} keeps {n} of {size}, its allocation {kept[name]} of {total[name]}")
+            if n == 0 and name in self.units:
                 raise DataError(f"{path}: {name!r} keeps no unit at all")
+        for name, dims in self.slices.items():
+            if min(dims, default=0) < 0:
+                raise DataError(f"{path}: {name!r} has no dimension {min(dims)}")
 
 
 def _pack(flags: Tensor) -> Tensor:

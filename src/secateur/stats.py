@@ -15,7 +15,7 @@ from secateur.tasks import Task, batches, call, mode
 
 COLLECTED = {
     "grad_abs": "the mean over calibration batches of |dL/dw|, of the weight's shape",
-    "norm_scale": "|gamma| of the batch norm that follows, one value per output; all ones where none follows",
+    "norm_scale": "|gamma| of the batch norm over the outputs that follows, one value each; ones where none does",
 }
 
 
@@ -55,8 +55,8 @@ def collect(
     if "norm_scale" in wanted:
         for name, weight in graph.weights.items():
             outputs = weight.shape[weight.out_dim]
-            scale = named[weight.norm].detach().abs() if weight.norm else torch.ones(outputs)
-            values[name]["norm_scale"] = scale
+            follows = weight.norm and named[weight.norm].numel() == outputs  # or it is over another dimension
+            values[name]["norm_scale"] = named[weight.norm].detach().abs() if follows else torch.ones(outputs)
     return {name: Stats(name, w.out_dim, seed, values[name]) for name, w in graph.weights.items()}
 
 
@@ -70,8 +70,11 @@ def _gradients(model: nn.Module, weights: Mapping[str, nn.Parameter], task: Task
         try:
             for inputs, targets in track(batches(task, "calibration", model), "Collecting gradients"):
                 loss = task.loss(call(model, inputs), targets)
-                if not bool(loss.isfinite()):
-                    raise DataError(f"the loss on calibration batch {count} is {float(loss)}; expected a finite one")
+                if loss.numel() != 1 or not loss.requires_grad or not bool(loss.isfinite()):
+                    raise DataError(
+                        f"the loss on calibration batch {count} is {loss}; expected one finite number "
+                        "that depends on the weights"
+                    )
                 grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
                 for name, grad in zip(weights, grads, strict=True):
                     if grad is not None:

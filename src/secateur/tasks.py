@@ -190,7 +190,7 @@ def proportion(scores: Scores) -> Interval:
         return _normal(scores)
     centre = (mean + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2))
-    return Interval(mean, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(mean, min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half)))
 
 
 def paired_difference(before: Scores, after: Scores) -> Interval:

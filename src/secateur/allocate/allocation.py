@@ -20,8 +20,9 @@ class Allocation:
         if self.kept.keys() != self.total.keys():
             raise PlanError("an allocation names other places in 'kept' than in 'total'; expected the same")
         for place, kept in self.kept.items():
-            if not isinstance(kept, int) or not 0 <= kept <= self.total[place]:
-                raise PlanError(f"allocation of {place!r} keeps {kept!r}; expected 0 to {self.total[place]} units")
+            total = self.total[place]
+            if not (isinstance(kept, int) and isinstance(total, int) and 0 <= kept <= total):
+                raise PlanError(f"allocation of {place!r} keeps {kept!r}; expected 0 to {total!r} units")
 
     def to_json(self) -> str:
         """``{"place": [kept, total], …}``"""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from secateur.allocate.kth import count, kth_smallest
+from secateur.allocate.kth import between, count, kth_smallest
 
 
 class Global:
@@ -25,10 +25,12 @@ class Global:
     def __init__(self, scores: Mapping[str, Tensor], relative: bool = False) -> None:
         self.total = {place: s.numel() for place, s in scores.items()}
         self.rungs = sum(self.total.values())
-        self._scores = [_relative(s) if relative else s for s in scores.values()]
-        none, all_ = [0] * len(scores), list(self.total.values())
-        self._splits = [_Split(-math.inf, none, none), _Split(math.inf, all_, all_)]
-        self._window, self._between = (-math.inf, math.inf), self._scores
+        like = max(scores.values(), key=lambda s: torch.finfo(s.dtype).bits)
+        self._scores = [(_relative(s) if relative else s).to(like) for s in scores.values()]
+        none, everything = [0] * len(scores), list(self.total.values())
+        infinity = torch.full((), math.inf).to(like)
+        self._splits = [_Split(-infinity, none, none), _Split(infinity, everything, everything)]
+        self._window, self._between = (-infinity, infinity), self._scores
 
     def kept(self, rung: int) -> dict[str, int]:
         split = self._split(rung)
@@ -47,25 +49,29 @@ class Global:
                 return split
         low = max((s for s in self._splits if sum(s.upto) < rung), key=lambda s: s.value)
         high = min((s for s in self._splits if sum(s.below) > rung), key=lambda s: s.value)
-        if not self._window[0] <= low.value <= high.value <= self._window[1]:
-            self._between = self._scores
-        if (low.value, high.value) != self._window:
-            self._between = [s[(s > low.value) & (s < high.value)] for s in self._between]
-            self._window = (low.value, high.value)
+        self._look_between(low.value, high.value)
         value = kth_smallest(self._between, rung - sum(low.upto))
         below, upto = (
             [n + count([s], compare, value) for n, s in zip(low.upto, self._between, strict=True)]
             for compare in (torch.lt, torch.le)
         )
-        self._splits.append(_Split(value.item(), below, upto))
+        self._splits.append(_Split(value, below, upto))
         return self._splits[-1]
+
+    def _look_between(self, low: Tensor, high: Tensor) -> None:
+        """Make ``_between`` the scores strictly between two values, from the old ones where those include them."""
+        if not self._window[0] <= low <= high <= self._window[1]:
+            self._between = self._scores
+        if (low, high) != self._window:
+            self._between = [between(s, low, high) for s in self._between]
+            self._window = (low, high)
 
 
 @dataclass(frozen=True)
 class _Split:
     """Per place, how many scores lie below ``value``, and how many below or at it."""
 
-    value: float
+    value: Tensor
     below: list[int]
     upto: list[int]
 

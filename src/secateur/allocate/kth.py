@@ -7,7 +7,7 @@ a percent or so, is gathered. Extra memory is that percent and the flags of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ _CHUNK = 1 << 18  # what is computed of one chunk fits into a processor's cache
 def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:
     """The value at place ``k`` (from 0) of all elements in ascending order: a 0-dimensional tensor.
 
-    tensors: floating point without NaN, of any shapes. Its dtype is the most precise among them.
+    tensors: floating point without NaN, of any shapes, of one dtype and on one device.
     """
     assert 0 <= k < sum(t.numel() for t in tensors)
     low, high = _bracket(tensors, k)
     while True:
         upto, below = count(tensors, torch.le, low), count(tensors, torch.lt, high)
         if upto <= k < below:
-            inside = [chunk[(chunk > low) & (chunk < high)] for chunk in _chunks(tensors, low)]
-            return torch.cat(inside).kthvalue(k - upto + 1).values
+            inside = torch.cat([between(t, low, high) for t in tensors])
+            return inside.kthvalue(k - upto + 1).values
         if k < upto:
             if count(tensors, torch.lt, low) <= k:
                 return low
@@ -40,7 +40,12 @@ def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:
 
 def count(tensors: Sequence[Tensor], compare: Callable[[Tensor, Tensor], Tensor], value: Tensor) -> int:
     """How many elements compare so with ``value``: ``torch.lt`` counts those that are smaller."""
-    return sum(int(compare(chunk, value).count_nonzero()) for chunk in _chunks(tensors, value))
+    return sum(int(compare(chunk, value).count_nonzero()) for t in tensors for chunk in _chunks(t))
+
+
+def between(tensor: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The elements strictly between two values, flat, in order."""
+    return torch.cat([chunk[(chunk > low) & (chunk < high)] for chunk in _chunks(tensor)])
 
 
 def best(scores: Tensor, kept: int) -> Tensor:
@@ -51,7 +56,7 @@ def best(scores: Tensor, kept: int) -> Tensor:
     value = kth_smallest([scores], n - kept)
     keep = scores >= value
     surplus = int(keep.count_nonzero()) - kept
-    for part, flags in zip(reversed(scores.split(_CHUNK)), reversed(keep.split(_CHUNK)), strict=True):
+    for part, flags in zip(reversed(_chunks(scores)), reversed(_chunks(keep)), strict=True):
         if not surplus:
             break
         last = (part == value).nonzero()[-surplus:, 0]
@@ -63,12 +68,12 @@ def best(scores: Tensor, kept: int) -> Tensor:
 def _bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Two values that enclose the wanted one, unless the sample is six standard errors off."""
     total = sum(t.numel() for t in tensors)
-    dtype = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).bits)
     generator = torch.Generator().manual_seed(0)
-    parts = []
-    for flat in (t.flatten() for t in tensors if t.numel()):
-        drawn = torch.randint(len(flat), (math.ceil(_SAMPLE / total * len(flat)),), generator=generator)
-        parts.append((flat[drawn.to(flat.device)] if total > _SAMPLE else flat).to(parts[0] if parts else dtype))
+    parts = [t.flatten() for t in tensors if t.numel()]
+    if total > _SAMPLE:
+        for i, part in enumerate(parts):
+            size = math.ceil(_SAMPLE / total * len(part))
+            parts[i] = part[torch.randint(len(part), (size,), generator=generator).to(part.device)]
     sample = torch.cat(parts).sort().values
     n, p = len(sample), (k + 0.5) / total
     margin = 6 * math.sqrt(p * (1 - p) * n) + 2
@@ -77,8 +82,5 @@ def _bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     return sample[first] if first >= 0 else -infinity, sample[last] if last < n else infinity
 
 
-def _chunks(tensors: Sequence[Tensor], like: Tensor) -> Iterator[Tensor]:
-    """All elements, flat, chunk by chunk, in the dtype and on the device of ``like``."""
-    for tensor in tensors:
-        for chunk in tensor.flatten().split(_CHUNK):
-            yield chunk.to(like)
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor.flatten(), _CHUNK)

@@ -49,7 +49,7 @@ def keep_zeros(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -
     mask_(model, plan)
     removed = _removed(model, plan)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(tensor) in owned for tensor, _ in removed):
+    if removed and not any(id(tensor) in owned for tensor, _ in removed):
         raise PlanError(
             "the optimizer trains none of the parameters that the plan masks; make it from this model's parameters"
         )

@@ -10,7 +10,6 @@ Patterns pool these scores into units, so every criterion works with every patte
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.errors import DataError, SpecError
 from secateur.graph.types import Graph
+from secateur.recipe import load_callable
 from secateur.stats import Stats, collect
 from secateur.tasks import Task
 
@@ -83,16 +83,9 @@ def resolve(criterion: str | Criterion) -> Criterion:
         raise SpecError(f"a criterion is a name or a function, found {type(criterion).__name__}")
     if criterion in BUILT_IN:
         return BUILT_IN[criterion]
-    module, colon, function = criterion.partition(":")
-    if not colon:
-        raise SpecError(f"criterion {criterion!r} is unknown; there are {', '.join(BUILT_IN)}, or give module:function")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"criterion {criterion!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise SpecError(f"criterion {criterion!r} is a {type(found).__name__}, expected a function(weight, stats)")
-    return found  # type: ignore[no-any-return]
+    if ":" in criterion:
+        return load_callable(criterion)
+    raise SpecError(f"criterion {criterion!r} is unknown; there are {', '.join(BUILT_IN)}, or give module:function")
 
 
 def score(

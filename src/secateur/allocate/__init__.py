@@ -6,7 +6,6 @@ never grows from one rung to the next; rung 0 keeps everything. Any callable of 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -17,6 +16,7 @@ from secateur.allocate.globally import Global
 from secateur.allocate.kth import best, kth_smallest
 from secateur.allocate.uniform import Uniform
 from secateur.errors import SpecError
+from secateur.recipe import load_callable
 
 
 class Ladder(Protocol):
@@ -43,13 +43,9 @@ def resolve(strategy: str | Strategy) -> Strategy:
         return strategy
     if strategy in STRATEGIES:
         return STRATEGIES[strategy]
-    module, _, function = str(strategy).partition(":")
-    try:
-        found: Strategy = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        names = ", ".join(STRATEGIES)
-        raise SpecError(f"allocation {strategy!r} is unknown; there are {names}, or give module:function") from error
-    return found
+    if ":" in strategy:
+        return load_callable(strategy)
+    raise SpecError(f"allocation {strategy!r} is unknown; there are {', '.join(STRATEGIES)}, or give module:function")
 
 
 def climb(

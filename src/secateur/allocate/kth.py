@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _SAMPLE = 1 << 18
-_CHUNK = 1 << 18  # what is computed of one chunk fits into a processor's cache
+_CHUNK = 1 << 16  # what is computed of one chunk fits into a processor's cache
 
 
 def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:

@@ -3,7 +3,9 @@
     python benchmarks/first_road.py             # resumable: rows of today's results are not run again
     python benchmarks/first_road.py resnet56    # only rows whose name has that in it
 
-Every method stands beside the same road with random choices. Fine-tuning runs in bfloat16 (--amp).
+Every method stands beside the same road with random choices. Fine-tuning runs in bfloat16 (--amp), at a learning rate
+of 0.001 for the network without batch norms, which diverges at the default 0.01. Channels are kept in multiples of 8:
+widths such as 11 or 13 make every step slower than the dense network's on this processor.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ ROADS = [
     ("mobilenetv2", IMAGENET, "2:4", None),
     *[("mobilenetv2", IMAGENET, "block:4x1", f"sparsity={s}%") for s in (50, 70, 90)],
     ("resnet56", CIFAR, "channel/8", "macs=50%"),
-    ("resnet20", CIFAR, "channel", "macs=50%"),
 ]
 
 
@@ -48,7 +49,16 @@ def walk(net: str, data: str, pattern: str, budget: str | None, criterion: str) 
     with tempfile.TemporaryDirectory() as folder:
         words = [
             *("prune", f"{NETS}:{net}", "--data", data, "--pattern", pattern, "--criterion", criterion),
-            *("--epochs", str(EPOCHS), "--amp", "--out", str(Path(folder) / "out"), "--json"),
+            *(
+                "--epochs",
+                str(EPOCHS),
+                "--lr",
+                "0.001" if net == "mobilenetv2" else "0.01",
+                "--amp",
+                "--out",
+                str(Path(folder) / "out"),
+                "--json",
+            ),
             *(("--budget", budget) if budget else ()),
         ]
         run = subprocess.run(

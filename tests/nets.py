@@ -349,6 +349,43 @@ def channel_mean_attention():
     return Net(body, a=conv(3, 8), gate=conv(2, 1), b=conv(8, 4))
 
 
+def stacked():
+    def body(s, x):
+        return s.c(torch.stack([s.a(x), s.b(x)], 2).flatten(1, 2))
+
+    return Net(body, a=conv(3, 6), b=conv(3, 6), c=conv(12, 4))
+
+
+def repeated():
+    return Net(lambda s, x: s.b(s.a(x).repeat(1, 3, 1, 1)), a=conv(3, 6), b=conv(18, 4))
+
+
+def narrowed():
+    def body(s, x):
+        x = F.relu(s.a(x))
+        return s.b(x.narrow(1, 2, 6)) + s.c(x[:, -4:])
+
+    return Net(body, a=conv(3, 10), b=conv(6, 4), c=conv(4, 4))
+
+
+def softmax_over_channels():
+    return Net(lambda s, x: s.c(s.b(F.relu(s.a(x))).softmax(1)), a=conv(3, 8), b=conv(8, 6), c=conv(6, 4))
+
+
+def transposed_1d_and_3d():
+    def body(s, x):
+        x = s.b(F.relu(s.a(x.flatten(2))))
+        return s.d(F.relu(s.c(x[:, :, None, None])))
+
+    return Net(
+        body,
+        a=nn.ConvTranspose1d(3, 8, 3),
+        b=nn.ConvTranspose1d(8, 4, 1, groups=2),
+        c=nn.ConvTranspose3d(4, 6, 1),
+        d=nn.Conv3d(6, 2, 1),
+    )
+
+
 def two_outputs():
     return Net(lambda s, x: {"y": s.b(F.relu(s.a(x))), "none": None, "sum": x.sum()}, a=conv(3, 8), b=conv(8, 4))
 
@@ -360,7 +397,7 @@ MAPS = {f.__name__: (f, image) for f in (
     split_to_branches, slices, flipped, shuffled, depthwise, depth_multiplier, grouped, transposed, flatten_to_linear,
     channels_last_flatten, linear_to_map, squeeze_excite, layer_scale, plain_attribute, group_norm, instance_norm,
     shared_module, slice_assignment, fixed_index_gate, outer_product, bilinear_pooling, pixel_shuffle, unet,
-    channel_mean_attention, two_outputs,
+    channel_mean_attention, stacked, repeated, narrowed, softmax_over_channels, transposed_1d_and_3d, two_outputs,
 )}  # fmt: skip
 OTHERS = {
     "plain_1d": (plain_1d, lambda: torch.randn(2, 3, 12)),

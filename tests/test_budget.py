@@ -34,7 +34,10 @@ def test_parse_reads_what_str_writes(kind, percent):
         ("max_drop=1%", Budget("max_drop", Fraction(1, 100), True)),
         ("sparsity=0", Budget("sparsity", Fraction(0), True)),
         ("macs=5e-1", Budget("macs", Fraction(1, 2), True)),
-        ("params=0.1234567890123456789012345678901", Budget("params", Fraction("0.1234567890123456789012345678901"), True)),
+        (
+            "params=0.1234567890123456789012345678901",
+            Budget("params", Fraction("0.1234567890123456789012345678901"), True),
+        ),
     ],
 )
 def test_notation(text, budget):

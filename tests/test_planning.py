@@ -1,11 +1,13 @@
 """Plans: budgets met and never exceeded, the same from the same seed, saved and loaded, hostile files refused."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from nets import build
@@ -14,6 +16,8 @@ from secateur.graph import analyze
 from secateur.plan import Plan
 from secateur.planning import make
 from secateur.testing import check_groups
+
+FORMAT = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 
 
 def plan(net="residual", **wishes):
@@ -235,7 +239,6 @@ HOSTILE = {
     "foreign slice": lambda t: t["slices"].update({"../../etc/passwd": [0]}),
     "bad dimension": lambda t: t["slices"].update({"0.weight": [9]}),
     "not a table": lambda t: t.update(units=[]),
-    "negative dimension": lambda t: t["slices"].update({"0.weight": [-4]}),
     "allocation of other places": lambda t: t["allocation"].update({"ghost": [1, 8]}),
     "infinite size": lambda t: t["units"].update({"0": float("inf")}),
     "unknown pattern": lambda t: t.update(pattern="rows"),
@@ -273,6 +276,35 @@ def test_flags_of_the_wrong_type_are_refused(tmp_path):
     (tmp_path / "plan.safetensors").write_bytes(save({f"mask/{n}": torch.zeros(3) for n in names}))
     with pytest.raises(DataError, match="flags packed into"):
         Plan.load(tmp_path)
+
+
+def test_dimensions_are_not_counted_from_the_end(tmp_path):
+    plan("plain")[2].save(tmp_path)
+    damage(tmp_path, lambda t: t["slices"].update({"0.weight": [-4]}))
+    bits = load_file(tmp_path / "plan.safetensors")
+    bits["slice/-4/0.weight"] = bits.pop("slice/0/0.weight")
+    (tmp_path / "plan.safetensors").write_bytes(save(bits))
+    with pytest.raises(DataError, match=r"'0\.weight' has no dimension -4"):
+        Plan.load(tmp_path)
+
+
+def test_flags_that_the_allocation_does_not_count_are_refused(tmp_path):
+    plan("plain", pattern="unstructured", budget="sparsity=50%")[2].save(tmp_path)
+    bits = load_file(tmp_path / "plan.safetensors")
+    bits["mask/0.weight"][0] ^= 1 << 7
+    (tmp_path / "plan.safetensors").write_bytes(save(bits))
+    with pytest.raises(DataError, match=r"'0\.weight' keeps \d+ of 216, its allocation \d+ of 216"):
+        Plan.load(tmp_path)
+
+
+def test_the_format_is_as_documented(tmp_path):
+    p = plan("plain", pattern="unstructured", budget="sparsity=50%")[2]
+    p.save(tmp_path)
+    raw = load_file(tmp_path / "plan.safetensors")["mask/0.weight"]
+    flags = np.unpackbits(raw.numpy(), count=216).reshape(8, 3, 3, 3)
+    assert np.array_equal(flags, p.masks["0.weight"].numpy())
+    documented = re.findall(r"^\| `(\w+)` \|", FORMAT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(documented) == set(json.loads((tmp_path / "plan.json").read_text()))
 
 
 def test_keep_of_an_untouched_tensor():

@@ -207,8 +207,27 @@ def _channels(
         if found is None:
             least = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
             raise _unmet(wish, least, everything)
-        kept = found
+        best_gone = {n: s[order[n]] / s.mean() for n, s in pooled.items() if n not in fixed}
+        kept = _give_back(found, best_gone, pattern.multiple, lambda c: measure(graph.cost(flags(c))) <= limit)
     return _plan(graph, described, Allocation(kept, total), keep=flags(kept))
+
+
+def _give_back(
+    kept: dict[str, int], ranked: Mapping[str, Tensor], multiple: int, fits: Callable[[Counts], bool]
+) -> dict[str, int]:
+    """Use what one rung, wider than the room it had to make, left over: the best units that went come back if they fit.
+
+    ranked: per place that may change, its unit scores from best to worst, comparable between places.
+    """
+    while True:
+        waiting = [n for n, scores in ranked.items() if kept[n] < len(scores)]
+        for name in sorted(waiting, key=lambda n: -float(ranked[n][kept[n]])):
+            richer = {**kept, name: _rounded(kept[name] + 1, len(ranked[name]), multiple)}
+            if fits(richer):
+                kept = richer
+                break
+        else:
+            return kept
 
 
 def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:

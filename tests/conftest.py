@@ -45,4 +45,4 @@ def torchvision():
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision
-    yield torchvision  # not returned: the declarations last as long as `library`
+    yield torchvision  # noqa: PT022 - not returned: the declarations last as long as `library`

@@ -163,6 +163,8 @@ def test_overrides_fix_a_place_and_the_rest_meets_the_budget():
     assert p.masks["tail.2.weight"].all()
     total = sum(w.numel for w in graph.weights.values())
     assert sum(int(m.sum()) for m in p.masks.values()) == total // 2
+    _, _, p = plan(pattern="unstructured", budget="threshold=0.01", overrides={"a.weight": 0.5})
+    assert int(p.masks["a.weight"].sum()) == 216
     _, _, p = plan(budget="params=70%", overrides={"a": 0.5})
     assert int(p.units["a"].sum()) == 3
 

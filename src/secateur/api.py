@@ -108,10 +108,6 @@ def prune(
 def _choose(model: nn.Module, graph: Graph, wishes: dict[str, Any]) -> Plan:
     """A plan that meets the budget; latency is the one kind that takes measuring."""
     wish = parse_budget(wishes["budget"]) if wishes["budget"] is not None else None
-    if wish is not None and wish.kind == "max_drop":
-        raise SpecError(
-            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
-        )
     if wish is not None and wish.kind == "latency" and isinstance(patterns.parse(wishes["pattern"]), patterns.Channel):
         return _meet_latency(model, graph, wish, {k: v for k, v in wishes.items() if k != "budget"})
     return make(model, graph, **wishes)

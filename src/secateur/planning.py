@@ -46,6 +46,10 @@ def make(
     budget that cannot be met, DataError for weights or scores that are not finite.
     """
     shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
+    if wish is not None and wish.kind == "max_drop":
+        raise SpecError(
+            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
+        )
     strategy = resolve_strategy(allocate)
     ignored = matching(ignore, [*graph.weights, *(a.name for a in graph.axes)], "ignore") if ignore else set()
     fixed = dict(overrides or {})
@@ -100,7 +104,7 @@ def _masks(
     units = {n: patterns.pool(pattern, scores.pop(n), weights[n]) for n in list(scores)}
     total = {n: u.numel() for n, u in units.items()}
     if wish.kind == "threshold":
-        kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()}
+        kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()} | _fixed(overrides, total)
     else:
         kept = _allocate_masks(graph, pattern, wish, units, total, strategy, overrides)
     masks = {n: patterns.spread(pattern, best(u, kept[n]), weights[n]) for n, u in units.items()}
@@ -134,7 +138,7 @@ def _allocate_masks(
         return (sum(w.numel for _, w in places) if wish.kind == "sparsity" else dense.params) - gone
 
     everything = cost(total)
-    if wish.kind in ("size", "latency", "max_drop"):
+    if wish.kind in ("size", "latency"):
         raise BudgetError(
             f"{wish} cannot be met by pattern {pattern}: zeros in dense tensors take the same bytes and the same time, "
             f"so the nearest possible is {wish.kind}=100%; use pattern='channel', or a sparsity budget"

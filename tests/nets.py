@@ -324,7 +324,9 @@ def bilinear_pooling():
 
 
 def dropout_and_norm():
-    return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.5, inplace=True), nn.ReLU(), nn.Linear(16, 3)
+    )
 
 
 def pixel_shuffle():

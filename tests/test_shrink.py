@@ -17,7 +17,7 @@ from secateur.testing import check_removing_is_zeroing
 
 PROGRAMS = {
     "option_a_shortcut", "split_to_branches", "slices", "plain_attribute", "slice_assignment", "fixed_index_gate",
-    "attention", "fused_attention", "grouped_queries", "linear_to_map",
+    "attention", "fused_attention", "grouped_queries", "linear_to_map", "repeated", "narrowed",
 }  # fmt: skip
 """Networks whose own code holds on to sizes: their rewritten program is the result."""
 
@@ -181,3 +181,15 @@ def test_relative_error_sees_shapes_and_nan():
     assert relative_error(a, torch.ones(2)) == float("inf")
     assert relative_error(a * float("nan"), a) == float("inf")
     assert relative_error(a * float("nan"), a * float("nan")) == 0
+
+
+def test_a_dropout_in_place_becomes_a_module_too():
+    def body(s, x):
+        x = s.drop(s.a(x))
+        return s.b(x[:, :6]) + s.c(x[:, 6:])
+
+    drop = nn.Dropout(0.5, inplace=True)
+    model = Net(body, a=conv(3, 12), drop=drop, b=conv(6, 4), c=conv(6, 4)).eval()
+    result = check_removing_is_zeroing(model, image())
+    assert result.form == "program"
+    assert any(isinstance(m, nn.Dropout) for m in result.model.modules())

@@ -83,7 +83,7 @@ class _Writer:
             self._batch_norm(op)
         elif name == "dropout" and op.args["p"] > 0:
             self.dropouts += 1
-            self._module(f"dropout_{self.dropouts}", nn.Dropout(op.args["p"]), op.args["input"])
+            self._module(f"dropout_{self.dropouts}", nn.Dropout(op.args["p"]), op.tensors[0])
 
     def _touched(self, node: fx.Node) -> bool:
         """Whether a dimension of the operator's inputs or outputs lost something."""

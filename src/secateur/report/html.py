@@ -122,7 +122,9 @@ def _score(value: float) -> str:
 
 def _drop(drop: Interval, form: str = "{} points ({} to {})") -> str:
     """A drop, said as the change that it is."""
-    value, low, high = (f"{100 * v:+.1f}".replace("-", "\N{MINUS SIGN}") for v in (-drop.value, -drop.high, -drop.low))
+    value, low, high = (
+        f"{round(100 * v, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}") for v in (-drop.value, -drop.high, -drop.low)
+    )
     return form.format(value, low, high)
 
 

@@ -26,7 +26,7 @@ check: setup  ## what CI runs first
 	$(BIN)/mypy
 
 test: setup  ## what CI runs second
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q
 
 bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/first_road.py

@@ -193,3 +193,14 @@ def test_a_dropout_in_place_becomes_a_module_too():
     result = check_removing_is_zeroing(model, image())
     assert result.form == "program"
     assert any(isinstance(m, nn.Dropout) for m in result.model.modules())
+
+
+def test_a_class_that_fails_without_a_word_still_gives_its_program():
+    def body(s, x):
+        x = s.a(x)
+        assert x.shape[1] == 12
+        return s.b(x)
+
+    result = check_removing_is_zeroing(Net(body, a=conv(3, 12), b=conv(12, 4)).eval(), image())
+    assert result.form == "program"
+    assert "holds on to the old sizes" in result.why

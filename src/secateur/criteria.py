@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, SpecError
-from secateur.graph.types import Graph
+from secateur.graph.graph import Graph
 from secateur.recipe import load_callable
 from secateur.stats import Stats, collect
 from secateur.tasks import Task

@@ -20,7 +20,7 @@ from secateur import patterns
 from secateur.allocate import Allocation
 from secateur.errors import DataError, PlanError
 from secateur.files import read_json, write_atomic
-from secateur.graph.types import Graph
+from secateur.graph.graph import Graph
 
 VERSION = 1
 TEXT, BITS = "plan.json", "plan.safetensors"

@@ -17,7 +17,8 @@ from secateur.budget import Budget, kept_count
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion, score
 from secateur.errors import BudgetError, PlanError, SpecError
-from secateur.graph.types import Axis, Cost, Flags, Graph
+from secateur.graph.graph import Graph
+from secateur.graph.types import Axis, Cost, Flags
 from secateur.names import matching
 from secateur.patterns import NM, Channel, Pattern
 from secateur.plan import Plan

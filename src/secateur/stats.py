@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError, SpecError
-from secateur.graph.types import Graph
+from secateur.graph.graph import Graph
 from secateur.progress import track
 from secateur.tasks import Task, batches, call, mode
 

@@ -15,7 +15,7 @@ from secateur.apply.resize import resize_
 from secateur.apply.rewrite import rewrite
 from secateur.errors import LawError, PlanError, TraceError
 from secateur.graph import Graph, analyze
-from secateur.graph.trace import run
+from secateur.graph.trace import first_line, run
 from secateur.graph.types import Flags
 from secateur.plan import Plan
 from secateur.tasks import clone
@@ -121,7 +121,7 @@ def _why_not(small: nn.Module, inputs: Any, oracle: Any, tolerance: float) -> st
     try:
         error = relative_error(run(small, inputs), oracle)
     except TraceError as failure:
-        return f"its code holds on to the old sizes ({str(failure.__cause__).strip().splitlines()[0]})"
+        return f"its code holds on to the old sizes ({first_line(failure.__cause__)})"
     if not error <= tolerance:
         return f"its code computes with the old sizes (outputs differ by {error:.2g})"
     return ""

@@ -12,12 +12,13 @@ from torch import fx, nn
 
 from secateur.errors import TraceError
 from secateur.graph.axes import gather
+from secateur.graph.graph import Graph
 from secateur.graph.labels import Labels
 from secateur.graph.program import Multiply, Program, Tensors, multiply, outputs
 from secateur.graph.rules import RULES, Op, operator_name
 from secateur.graph.rules.base import Value, each
 from secateur.graph.trace import capture, source_line
-from secateur.graph.types import Graph, Weight
+from secateur.graph.types import Weight
 
 
 def analyze(model: nn.Module, inputs: Any, *, dynamic_batch: bool = False) -> Graph:

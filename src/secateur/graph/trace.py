@@ -24,7 +24,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs {describe(inputs)}: "
-            f"{type(error).__name__}: {_first_line(error)}; pass inputs on which model(...) works"
+            f"{type(error).__name__}: {first_line(error)}; pass inputs on which model(...) works"
         ) from error
 
 
@@ -48,7 +48,7 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
             run(model, inputs)  # a model that fails by itself is named as such
             raise TraceError(
                 f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}: "
-                f"{type(error).__name__}: {_first_line(error)}; usual remedies: use_cache=False, no control flow "
+                f"{type(error).__name__}: {first_line(error)}; usual remedies: use_cache=False, no control flow "
                 "that depends on tensor values, plain tensors as inputs and outputs"
             ) from error
         module = program.module(check_guards=False)
@@ -84,7 +84,8 @@ def _shape(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException | None) -> str:
+    """The first line of an error's message, for messages of our own."""
     return next(iter(str(error).strip().splitlines()), "no message")
 
 

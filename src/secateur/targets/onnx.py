@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.errors import DataError, MissingExtra, TargetError
 from secateur.files import replace_dir
-from secateur.graph.trace import describe, source_line
+from secateur.graph.trace import describe, first_line, source_line
 from secateur.graph.types import example_args
 from secateur.tasks import call, mode
 
@@ -83,7 +83,7 @@ def _capture(model: nn.Module, inputs: Any, open_batch: bool) -> ExportedProgram
         hint = "; a model that fixes its batch size needs dynamic_batch=False" if open_batch else ""
         raise TargetError(
             f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}: "
-            f"{type(error).__name__}: {_first_line(error)}{hint}"
+            f"{type(error).__name__}: {first_line(error)}{hint}"
         ) from error
 
 
@@ -104,7 +104,7 @@ def _culprit(program: ExportedProgram, error: Exception) -> str:
             layers = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
             return f"{source_line(node)} in layer {layers[-1]!r}" if layers else source_line(node)
     operator = re.search(r"OpOverload\(op='([\w.]+)'", str(error))
-    return operator[1] if operator else f"the model ({_first_line(error)})"
+    return operator[1] if operator else f"the model ({first_line(error)})"
 
 
 def _compare(model: nn.Module, path: Path, names: list[str], inputs: Any, what: str, tolerance: float) -> None:
@@ -116,7 +116,7 @@ def _compare(model: nn.Module, path: Path, names: list[str], inputs: Any, what: 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = session.run(None, {i.name: values[i.name].numpy(force=True) for i in session.get_inputs()})
     except Exception as error:
-        raise TargetError(f"ONNX Runtime fails on {what}: {_first_line(error)}") from error
+        raise TargetError(f"ONNX Runtime fails on {what}: {first_line(error)}") from error
     for index, (wanted, got) in enumerate(zip(expected, found, strict=True)):
         gap = _difference(wanted, got)
         if gap > tolerance:
@@ -163,7 +163,3 @@ def _drawn(inputs: Any, size: int) -> Any:
 
     batch = _batch_size(inputs)
     return tree_map(draw, inputs)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")

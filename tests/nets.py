@@ -351,6 +351,16 @@ def channel_mean_attention():
     return Net(body, a=conv(3, 8), gate=conv(2, 1), b=conv(8, 4))
 
 
+def heads_merged_into_the_batch():
+    def body(s, x):
+        b, n, _ = x.shape
+        q, k, v = s.qkv(x).view(b, n, 3, 4, 6).permute(2, 0, 3, 1, 4).reshape(3, b * 4, n, 6).unbind(0)
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return s.o(y.reshape(b, 4, n, 6).transpose(1, 2).flatten(2))
+
+    return Net(body, qkv=nn.Linear(8, 72), o=nn.Linear(24, 8))
+
+
 def stacked():
     def body(s, x):
         return s.c(torch.stack([s.a(x), s.b(x)], 2).flatten(1, 2))
@@ -410,6 +420,7 @@ OTHERS = {
     "parameter_matmul": (parameter_matmul, lambda: FLAT),
     "tied_linear": (tied_linear, lambda: torch.randint(0, 20, (2, 7))),
     "attention": (attention, lambda: TOKENS),
+    "heads_merged_into_the_batch": (heads_merged_into_the_batch, lambda: TOKENS),
     "fused_attention": (fused_attention, lambda: TOKENS),
     "grouped_queries": (grouped_queries, lambda: TOKENS),
 }

@@ -18,6 +18,7 @@ from secateur.testing import check_removing_is_zeroing
 PROGRAMS = {
     "option_a_shortcut", "split_to_branches", "slices", "plain_attribute", "slice_assignment", "fixed_index_gate",
     "attention", "fused_attention", "grouped_queries", "linear_to_map", "repeated", "narrowed",
+    "heads_merged_into_the_batch",
 }  # fmt: skip
 """Networks whose own code holds on to sizes: their rewritten program is the result."""
 
@@ -49,7 +50,9 @@ def test_the_result_trains(name):
     assert any(not torch.equal(v, before[k]) for k, v in small.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["option_a_shortcut", "fused_attention", "slices", "split_to_branches"])
+@pytest.mark.parametrize(
+    "name", ["option_a_shortcut", "fused_attention", "slices", "split_to_branches", "heads_merged_into_the_batch"]
+)
 def test_a_rewritten_program_takes_any_batch_size(name):
     model, inputs = build(name)
     small = check_removing_is_zeroing(model, inputs).model

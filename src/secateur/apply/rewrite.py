@@ -5,6 +5,7 @@ It is the second oracle, and the result where a class hard-codes sizes.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class _Writer:
         self.program, self.model, self.root, self.graph, self.new = program, model, root, graph, new
         self.here: fx.Node | None = None
         self.constants = self.dropouts = 0
-        self.cut = Cut(program.engine, alive, self._constant)
+        self.cut = Cut(program.engine, alive, self._constant, self._scale)
 
     def tensor(self, node: fx.Node) -> None:
         """Point a read at the sliced tensor of the model; slice constants that only the program holds."""
@@ -113,6 +114,12 @@ class _Writer:
         assert self.here is not None
         with self.graph.inserting_before(self.here):
             return self.graph.get_attr(name)
+
+    def _scale(self, size: fx.Node, new: int, old: int) -> fx.Node:
+        assert self.here is not None
+        with self.graph.inserting_before(self.here):
+            product = self.graph.call_function(operator.mul, (self.new[size], new))
+            return self.graph.call_function(operator.floordiv, (product, old))
 
     def _batch_norm(self, op: Op) -> None:
         """A batch norm module in place of the operator, so that training updates its statistics."""

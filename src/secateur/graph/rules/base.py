@@ -113,6 +113,7 @@ class Cut:
     labels: Labels
     alive: NDArray[np.bool_]
     constant: Callable[[torch.Tensor], fx.Node]
+    scale: Callable[[fx.Node, int, int], fx.Node]  # (size, new, old) -> size * new // old, for symbolic sizes
 
     def kept(self, dim: Dim, size: int) -> NDArray[np.int64]:
         """Indices of the dimension that stay."""
@@ -124,6 +125,16 @@ class Cut:
         """The new shape of the operator's output."""
         value = op.of(op.node)
         return [len(self.kept(d, n)) for d, n in zip(value, op.out, strict=True)]
+
+    def resized(self, op: Op, asked: Sequence[Any]) -> list[Any]:
+        """Sizes as an operator asks for them, changed where its output lost something; -1 stays -1."""
+
+        def size(a: Any, new: int, old: int) -> Any:
+            if new == old or (isinstance(a, int) and a == -1):
+                return a
+            return self.scale(a, new, old) if isinstance(a, fx.Node) else new
+
+        return [size(a, n, o) for a, n, o in zip(asked, self.shape(op), op.out, strict=True)]
 
 
 Rule = Callable[[Op], Value]

@@ -20,10 +20,7 @@ def like(op: Op) -> Value:
 
 
 def rewrite_uniform(op: Op, cut: Cut) -> dict[str, Any]:
-    if "size" not in op.args:
-        return {}
-    new = cut.shape(op)
-    return {"size": [n if isinstance(a, int) else a for a, n in zip(op.args["size"], new, strict=True)]}
+    return {"size": cut.resized(op, op.args["size"])} if "size" in op.args else {}
 
 
 RULES: dict[str, Rule] = {**dict.fromkeys(_UNIFORM.split(), uniform), **dict.fromkeys(_LIKE.split(), like)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value, operator_name
+from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value
 
 
 def view(op: Op) -> Value:
@@ -16,20 +16,12 @@ def view(op: Op) -> Value:
 
 
 def rewrite_view(op: Op, cut: Cut) -> dict[str, Any]:
-    """Only sizes of dimensions that lost something are rewritten; -1 and symbolic sizes stay as they are."""
-    new = cut.shape(op)
-    if operator_name(op.node.target) == "unflatten":
-        dim = op.dim()
-        return {"sizes": [*new[dim : dim + len(op.args["sizes"])]]}
-    if "size" in op.args:
-        name = "size"
-    elif "shape" in op.args:
-        name = "shape"
-    else:
-        return {}
-    asked = op.args[name]
-    return {name: [n if isinstance(a, int) and a != -1 and n != o else a
-                   for a, n, o in zip(asked, new, op.out, strict=True)]}  # fmt: skip
+    """Only sizes of dimensions that lost something are rewritten."""
+    if "sizes" in op.args:  # unflatten: one dimension becomes these
+        dim, sizes = op.dim(), op.args["sizes"]
+        return {"sizes": cut.shape(op)[dim : dim + len(sizes)]}
+    name = next((n for n in ("size", "shape") if n in op.args), None)
+    return {name: cut.resized(op, op.args[name])} if name else {}
 
 
 def permute(op: Op) -> Value:
@@ -83,8 +75,8 @@ def _padded(op: Op, rank: int) -> tuple[Dims, tuple[int, ...]]:
 
 def repeat(op: Op) -> Value:
     """Copies of a whole dimension: (copies, index), merged."""
-    repeats = op.args["repeats"]
-    x, sizes = _padded(op, len(repeats))
+    x, sizes = _padded(op, len(op.out))
+    repeats = [n // size for n, size in zip(op.out, sizes, strict=True)]
     if all(dim is None for dim in x):
         return x if op.out == sizes else None
     return [
@@ -94,10 +86,10 @@ def repeat(op: Op) -> Value:
 
 
 def rewrite_repeat(op: Op, cut: Cut) -> dict[str, Any]:
-    x, sizes = op.dims("self"), op.sizes("self")
-    pad = len(op.out) - len(x)
-    kept = [1] * pad + [len(cut.kept(d, n)) for d, n in zip(x, sizes, strict=True)]
-    return {"repeats": [n // k for n, k in zip(cut.shape(op), kept, strict=True)]}
+    x, sizes = _padded(op, len(op.out))
+    kept = [len(cut.kept(d, n)) for d, n in zip(x, sizes, strict=True)]
+    new = [n // k for n, k in zip(cut.shape(op), kept, strict=True)]
+    return {"repeats": [n if isinstance(a, int) else a for a, n in zip(op.args["repeats"], new, strict=True)]}
 
 
 def flip(op: Op) -> Value:

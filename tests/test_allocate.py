@@ -141,3 +141,8 @@ def test_impossible_counts_are_refused(text):
 def test_an_unknown_strategy_names_the_known_ones():
     with pytest.raises(SpecError, match="'globle' is unknown; there are global, uniform"):
         resolve("globle")
+
+
+def test_a_strategy_is_a_name_or_a_function():
+    with pytest.raises(SpecError, match="allocation is a name or a function, found int"):
+        resolve(3)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import DataError, SpecError
+from secateur.errors import DataError
 from secateur.graph.graph import Graph
-from secateur.recipe import load_callable
+from secateur.recipe import choose
 from secateur.stats import Stats, collect
 from secateur.tasks import Task
 
@@ -77,15 +77,8 @@ BUILT_IN: dict[str, Criterion] = {c.__name__: c for c in (magnitude, l2, random,
 
 def resolve(criterion: str | Criterion) -> Criterion:
     """A criterion by name, by ``module:function``, or as it is. Raises SpecError for anything else."""
-    if callable(criterion):
-        return criterion
-    if not isinstance(criterion, str):
-        raise SpecError(f"a criterion is a name or a function, found {type(criterion).__name__}")
-    if criterion in BUILT_IN:
-        return BUILT_IN[criterion]
-    if ":" in criterion:
-        return load_callable(criterion)
-    raise SpecError(f"criterion {criterion!r} is unknown; there are {', '.join(BUILT_IN)}, or give module:function")
+    found: Criterion = choose(criterion, BUILT_IN, "criterion")
+    return found
 
 
 def score(

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +56,22 @@ def load_callable(spec: str) -> Callable[..., Any]:
         close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]) or "none"
         raise SpecError(f"{where} has no function {name!r}; it has {close}")
     return found  # type: ignore[no-any-return]
+
+
+def choose(wish: Any, known: Mapping[str, Any], what: str) -> Any:
+    """The function that a wish means: one of ours by name, ``module:function``, or the function itself.
+
+    what: the kind of thing, for messages. Raises SpecError for anything else.
+    """
+    if callable(wish):
+        return wish
+    if not isinstance(wish, str):
+        raise SpecError(f"{what} is a name or a function, found {type(wish).__name__}")
+    if wish in known:
+        return known[wish]
+    if ":" in wish:
+        return load_callable(wish)
+    raise SpecError(f"{what} {wish!r} is unknown; there are {', '.join(known)}, or give module:function")
 
 
 def example_input(text: str) -> Tensor:

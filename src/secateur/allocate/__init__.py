@@ -15,8 +15,7 @@ from secateur.allocate.allocation import Allocation
 from secateur.allocate.globally import Global
 from secateur.allocate.kth import best, kth_smallest
 from secateur.allocate.uniform import Uniform
-from secateur.errors import SpecError
-from secateur.recipe import load_callable
+from secateur.recipe import choose
 
 
 class Ladder(Protocol):
@@ -39,13 +38,8 @@ STRATEGIES: dict[str, Strategy] = {"global": Global, "uniform": Uniform}
 
 def resolve(strategy: str | Strategy) -> Strategy:
     """A strategy by name, by ``module:function``, or as it is. Raises SpecError for anything else."""
-    if callable(strategy):
-        return strategy
-    if strategy in STRATEGIES:
-        return STRATEGIES[strategy]
-    if ":" in strategy:
-        return load_callable(strategy)
-    raise SpecError(f"allocation {strategy!r} is unknown; there are {', '.join(STRATEGIES)}, or give module:function")
+    found: Strategy = choose(strategy, STRATEGIES, "allocation")
+    return found
 
 
 def climb(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import platform
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
+
+_DECLARED: list[torch.library.Library] = []  # declarations last as long as what made them
 
 
 def cpu() -> str:
@@ -78,6 +82,24 @@ def newest(name: str, *, today: bool = False) -> Path | None:
     start = f"{datetime.now(UTC).date().isoformat()}_{_slug(cpu())}_" if today else ""
     found = (p for p in RESULTS.glob(f"{start}*.json") if p.stem.split("_", 2)[2:] == [name])
     return max(found, default=None)
+
+
+@functools.cache
+def torchvision() -> Any:
+    """The torchvision package, None where there is none; transformers imports it.
+
+    Its wheel for CUDA fails on a CPU-only torch for want of two operators, which are then declared, not defined.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _DECLARED.append(library)
+        return importlib.import_module("torchvision")
 
 
 def _slug(text: str) -> str:

@@ -2,41 +2,29 @@
 
     secateur prune benchmarks/nets.py:resnet20 --data benchmarks/nets.py:cifar10 ...
 
-Weights and images are no part of this repository. They are looked for in the folder that the
-environment variable SECATEUR_DATA names, by default ``../shared/data`` next to the repository.
-Every factory checks its network against an input and output recorded with the original weights.
+Weights and images are looked for where ``weights.py`` says.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.errors import DataError, MissingExtra
+from secateur.errors import DataError
 from secateur.tasks import Classification
+from weights import data_folder, pillow, pretrained
 
 CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_VALIDATION = 2_000
 """Training images kept out of fine-tuning. The published weights have seen them; see ``cifar10``."""
-
-
-def data_folder() -> Path:
-    """Where weights and images lie. Raises DataError where there is no such folder."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("SECATEUR_DATA", default))
-    if not folder.is_dir():
-        raise DataError(f"the benchmark data are not at {folder}; set SECATEUR_DATA to the folder that holds them")
-    return folder
 
 
 # --- ResNet, CIFAR form (He et al. 2016, section 4.2) -----------------------------------------------
@@ -86,12 +74,12 @@ def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential
 
 def resnet20() -> nn.Module:
     """ResNet-20, trained on CIFAR-10: 91.5 % on 1,000 official test images."""
-    return _pretrained(ResNet(3), "cifar10_nets/resnet20_akamaster")
+    return pretrained(ResNet(3), "cifar10_nets/resnet20_akamaster")
 
 
 def resnet56() -> nn.Module:
     """ResNet-56, trained on CIFAR-10: 92.6 % on 1,000 official test images."""
-    return _pretrained(ResNet(9), "cifar10_nets/resnet56_akamaster")
+    return pretrained(ResNet(9), "cifar10_nets/resnet56_akamaster")
 
 
 # --- MobileNetV2 0.35 (Sandler et al. 2018), batch norm folded --------------------------------------
@@ -139,18 +127,7 @@ def _conv(spec: dict[str, Any]) -> nn.Conv2d:
 def mobilenetv2() -> nn.Module:
     """MobileNetV2-0.35 at 128 x 128, trained on ImageNet: 50.9 % top-1 on 1,000 sample images."""
     layers = json.loads((data_folder() / "imagenet_nets/mbv2_w035.arch.json").read_text())["layers"]
-    return _pretrained(MobileNetV2(layers), "imagenet_nets/mbv2_w035")
-
-
-def _pretrained(model: nn.Module, name: str) -> nn.Module:
-    folder = data_folder()
-    model.load_state_dict(load_file(folder / f"{name}.safetensors"))
-    model.eval()
-    with np.load(folder / f"{name}.ref.npz") as reference, torch.inference_mode():
-        error = (model(torch.from_numpy(reference["x"])) - torch.from_numpy(reference["y0"])).abs().max()
-    if not error < 1e-3:
-        raise DataError(f"{name} differs from its recorded output by {float(error):.2g}, expected under 1e-3")
-    return model
+    return pretrained(MobileNetV2(layers), "imagenet_nets/mbv2_w035")
 
 
 # --- Data -------------------------------------------------------------------------------------------
@@ -201,27 +178,19 @@ def imagenet() -> Classification:
 
 def _sheet(path: Path) -> Tensor:
     """A column of 32 x 32 images as bytes of shape (images, 3, 32, 32)."""
-    pixels = np.asarray(_image().open(path).convert("RGB")).reshape(-1, 32, 32, 3)
+    pixels = np.asarray(pillow().open(path).convert("RGB")).reshape(-1, 32, 32, 3)
     return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).contiguous()
 
 
 def _photo(raw: bytes, short: int, size: int) -> Tensor:
     """A photo, resized so that its short side is ``short``, and its middle ``size`` x ``size`` in -1..1."""
-    pil = _image()
+    pil = pillow()
     photo = pil.open(io.BytesIO(raw)).convert("RGB")
     scale = short / min(photo.size)
     photo = photo.resize([round(side * scale) for side in photo.size], pil.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in photo.size)
     pixels = np.asarray(photo.crop((left, top, left + size, top + size)), dtype=np.float32)
     return torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1).contiguous()
-
-
-def _image() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise MissingExtra("pillow", "image", "reading the benchmark images") from error
-    return Image
 
 
 def _normalise(pixels: Tensor) -> Tensor:

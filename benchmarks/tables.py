@@ -68,6 +68,19 @@ def _analyze(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         yield (name, f"{median:.2f}", spread, f"{row['ratio']:.2f}", count(row["params"]), str(row["axes"]))
 
 
+def _real(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    stages = ("dense", "pruned", "recalibrated", "recovered")
+    yield ("network", "metric", "criterion", *stages, "change (95 %)", "parameters left", "MACs left", "law's error")
+    for row in rows.values():
+        yield (
+            *(row["net"], row["unit"], row["criterion"]),
+            *(f"{row['stages'][stage]:.1f}" if stage in row["stages"] else "-" for stage in stages),
+            "{:+.1f} ({:+.1f} to {:+.1f})".format(*row["change"]),
+            *(f"{row[what][1] / row[what][0]:.1%}" for what in ("params", "macs")),
+            f"{row['law']['error']:.0e} ({row['law']['oracle']})",
+        )
+
+
 def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     """Every field, as it is."""
     heads = list(next(iter(rows.values())))
@@ -86,6 +99,7 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "first_road": _roads,
     "analyze_cost": _analyze,
     "cost_global": _plain,
+    "real_nets": _real,
 }
 
 

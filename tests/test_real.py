@@ -1,7 +1,10 @@
 """Real networks: pretrained weights where they are at hand, torchvision's architectures where it is installed."""
 
+import sys
+from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,12 +14,13 @@ from secateur.recipe import load_callable
 from secateur.tasks import evaluate
 from secateur.testing import check_groups, check_removing_is_zeroing
 
-NETS = Path(__file__).resolve().parents[1] / "benchmarks" / "nets.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 
-def load(name):
-    """A factory of the benchmarks, as the command line names it."""
-    return load_callable(f"{NETS}:{name}")()
+def load(name, file="nets"):
+    """What a factory of the benchmarks gives, as the command line names it."""
+    return load_callable(f"{BENCHMARKS / file}.py:{name}")()
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +57,38 @@ def test_mobilenet_takes_every_mask(data, pattern):
         assert sum(int(m.sum()) for m in result.plan.masks.values()) <= 0.3 * total
 
 
-def test_mobilenet_loses_channels_and_keeps_the_law(data):
-    result = check_removing_is_zeroing(load("mobilenetv2"), torch.randn(1, 3, 128, 128), "params=70%")
-    assert result.form == "module"
+@pytest.mark.parametrize("name", ["fastestdet", "encoder", "llama", "mobilenetv2"])
+def test_real_weights_lose_a_third_of_them_and_keep_the_law(data, name):
+    if name == "llama":
+        pytest.importorskip("transformers")
+    net = load(name, "real_nets")
+    before = sum(p.numel() for p in net.model.parameters())
+    result = check_removing_is_zeroing(net.model, net.inputs, "params=70%")
+    assert sum(p.numel() for p in result.model.parameters()) <= 0.7 * before
+    assert result.law.error < 1e-5
+
+
+def test_the_dense_detector_finds_what_its_authors_published(data):
+    detector = import_module("detector")
+    found = detector.examples(detector.fastestdet(), *detector.coco())
+    assert round(100 * detector.mean_ap(found), 1) == 31.8
+
+
+def test_average_precision_follows_its_definition():
+    detector = import_module("detector")
+    one = np.bincount([0], minlength=detector.CLASSES)
+    right, wrong = np.array([[0.0, 0.9, 1.0]]), np.array([[0.0, 0.8, 0.0]])
+    assert detector.mean_ap([(right, one)]) == 1
+    assert detector.mean_ap([(wrong, one)]) == 0
+    half = detector.mean_ap([(right, one), (wrong, one)])  # one of two objects found, before the wrong box
+    assert half == pytest.approx(51 / 101)
+
+
+def test_a_better_box_of_the_same_class_swallows_those_it_covers():
+    detector = import_module("detector")
+    box, other = [0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]
+    boxes = np.array([[0, *box, 0.9], [0, *box, 0.8], [1, *box, 0.7], [0, *other, 0.6]])
+    assert detector.suppress(boxes)[:, 5].tolist() == [0.9, 0.7, 0.6]
 
 
 @pytest.mark.parametrize(

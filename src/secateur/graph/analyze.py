@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,32 +12,52 @@ from torch import fx, nn
 
 from secateur.errors import TraceError
 from secateur.graph.axes import gather
+from secateur.graph.constants import Constants
+from secateur.graph.declared import freed, tie
 from secateur.graph.graph import Graph
-from secateur.graph.labels import Labels
+from secateur.graph.labels import Dim, Labels
 from secateur.graph.program import Multiply, Program, Tensors, multiply, outputs
 from secateur.graph.rules import RULES, Op, operator_name
 from secateur.graph.rules.base import Value, each
+from secateur.graph.rules.index import CARRIES, reads_positions
 from secateur.graph.trace import capture, source_line
-from secateur.graph.types import Weight
+from secateur.graph.types import Declared, Weight
 
 
-def analyze(model: nn.Module, inputs: Any, *, dynamic_batch: bool = False) -> Graph:
+def analyze(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    ties: Iterable[tuple[str, str]] = (),
+    free_outputs: bool | int | Iterable[int] = False,
+    dynamic_batch: bool = False,
+) -> Graph:
     """Find what can be removed from a model, and what can only be removed together.
 
     inputs: example inputs, a Tensor | tuple (positional) | dict (keyword). The model is captured with
-    ``torch.export`` in evaluation mode and is not changed. With ``dynamic_batch`` the captured program is not
-    tied to the example's batch size.
+    ``torch.export`` in evaluation mode and is not changed.
+    ties: pairs of places that must keep the same units: names of axes, or dimensions such as ``layer.weight:0``.
+    free_outputs: True, or numbers of output tensors, that may lose channels, such as the features of a backbone
+        that gets another head. The shape of every other output is promised to the caller.
+    dynamic_batch: leave the captured program open to any batch size.
 
-    Raises TraceError where the model fails on its inputs or cannot be captured.
+    Raises TraceError where the model fails on its inputs or cannot be captured, SpecError for a tie or an output that
+    is not there.
     """
     module = capture(model, inputs, dynamic_batch)
     if not any(True for _ in model.parameters()):
         raise TraceError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
-    walk = _Walk(module, model)
+    declared = Declared(tuple(ties), freed(module, free_outputs))
+    walk = _Walk(module, model, declared.free_outputs)
     for node in module.graph.nodes:
         walk.visit(node)
-    program = Program(module, walk.labels, walk.values, walk.tensors, walk.aliases, tuple(walk.multiplies))
-    return Graph(gather(program, walk.weights), walk.weights, program, inputs)
+    program = walk.program()
+    axes = gather(program, walk.weights)
+    if declared.ties:
+        tie(program, axes, declared.ties)
+        program = walk.program()
+        axes = gather(program, walk.weights)
+    return Graph(axes, walk.weights, program, inputs, declared)
 
 
 @dataclass
@@ -46,6 +66,7 @@ class _Walk:
 
     module: fx.GraphModule
     model: nn.Module
+    freed: tuple[int, ...]
 
     def __post_init__(self) -> None:
         self.labels = Labels()
@@ -55,7 +76,12 @@ class _Walk:
         self.multiplies: list[Multiply] = []
         self.names: dict[fx.Node, str] = {}  # of nodes that read a parameter, as it is
         self.producers: dict[fx.Node, str] = {}  # node -> weight whose outputs it holds
+        self.pointers: dict[Any, Dim] = {}  # node, or (node, output) -> the dimension that its values are positions in
+        self.constants = Constants(self.module)
         self.aliases, self.kinds = _canonical_names(self.model)
+
+    def program(self) -> Program:
+        return Program(self.module, self.labels, self.values, self.tensors, self.aliases, tuple(self.multiplies))
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -64,7 +90,9 @@ class _Walk:
             self._call(node)
         elif node.op == "output":
             for i, out in enumerate(outputs(node)):
-                self._freeze(out, f"model output {i}: its shape is promised to the caller")
+                if i not in self.freed:
+                    self._freeze(out, f"model output {i}: its shape is promised to the caller")
+                self.labels.freeze(self.pointers.get(out), f"model output {i} holds positions in it")
         else:
             self.values[node] = None
 
@@ -89,20 +117,38 @@ class _Walk:
             source, index = node.args
             several = self.values[source]  # type: ignore[index]
             self.values[node] = several[index] if isinstance(several, tuple) else None  # type: ignore[index]
+            if (source, index) in self.pointers:
+                self.pointers[node] = self.pointers[source, index]
             return
         value = node.meta.get("val")
         if not isinstance(value, (torch.Tensor, list, tuple)):
             self.values[node] = None  # sizes and assertions
             return
-        op = Op(node, self.labels, self.values, source_line(node))
+        op = Op(node, self.labels, self.values, source_line(node), self.pointers, self.constants.value)
         rule = RULES.get(operator_name(node.target))
         if rule is not None and all(n.meta.get("val") is not None for n in op.tensors):
+            self._follow(op)
             self.values[node] = rule(op)
             self._count(op)
             return
         self.values[node] = None
         for read in node.all_input_nodes:
             self._freeze(read, f"no rule for {op.where}")
+            self.labels.freeze(self.pointers.get(read), f"no rule for {op.where}")
+
+    def _follow(self, op: Op) -> None:
+        """Where positions go on as positions; whatever else computes with their numbers keeps them as they are."""
+        name = operator_name(op.node.target)
+        for node in op.tensors:
+            target = self.pointers.get(node)
+            if target is None or reads_positions(op, target.shape[1]):
+                continue
+            if name not in CARRIES or node is not op.tensors[0]:
+                self.labels.freeze(target, f"positions in it are computed with in {op.where}")
+            elif name == "sort":
+                self.pointers[op.node, 0] = target
+            else:
+                self.pointers[op.node] = target
 
     def _freeze(self, node: fx.Node, why: str) -> None:
         for dims in each(self.values.get(node)):

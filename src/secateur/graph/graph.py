@@ -10,20 +10,21 @@ import numpy as np
 
 from secateur.errors import SpecError
 from secateur.graph.program import Program
-from secateur.graph.types import Axis, Cost, Flags, Weight
+from secateur.graph.types import Axis, Cost, Declared, Flags, Weight
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
     """What tracing learned: maskable ``weights`` by name, and ``axes``, frozen ones included.
 
-    ``program`` and ``inputs`` are what was traced, and on which example inputs.
+    ``program`` and ``inputs`` are what was traced, and on which example inputs; ``declared`` is what the user added.
     """
 
     axes: tuple[Axis, ...]
     weights: Mapping[str, Weight]
     program: Program = field(repr=False)
     inputs: Any = field(repr=False, default=None)
+    declared: Declared = Declared()
 
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises SpecError for an unknown one."""

@@ -35,6 +35,7 @@ class Labels:
         self.freezes: list[tuple[Atoms, str]] = []
         self.inexact: list[Atoms] = []
         self.parts: list[Atoms] = []  # subsets that must not become empty: they split axes apart
+        self.least: list[tuple[Atoms, int]] = []  # how many indices of a dimension must stay
         self._refining = False
 
     def fresh(self, size: int) -> Dim:
@@ -59,6 +60,11 @@ class Labels:
         """``dim`` is a selection out of a larger dimension that must keep something of its own."""
         if dim is not None:
             self.parts.append(dim)
+
+    def keep_at_least(self, dim: Dim, count: int) -> None:
+        """Fewer than ``count`` indices of ``dim`` would make no sense."""
+        if dim is not None:
+            self.least.append((dim, count))
 
     def resolve(self, dim: Atoms) -> Atoms:
         """The atoms of ``dim`` as they are known now: sorted columns without repetition, shape (k', n)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from secateur.graph.labels import Atoms, Dim, Labels
 from secateur.graph.rules import Op, operator_name
@@ -63,6 +64,16 @@ class Program:
         """How many indices of a dimension stay."""
         atoms = self.atoms(dim)
         return size if atoms is None else int(alive[atoms].all(0).sum())
+
+    def kept_outputs(self, alive: Flags) -> list[dict[int, Flags]]:
+        """Per output tensor, which indices stay; only dimensions that lose some are listed."""
+        found = []
+        for node in outputs(next(iter(reversed(self.module.graph.nodes)))):
+            value = self.values.get(node)
+            dims = [] if value is None else [(d, self.atoms(dim)) for d, dim in enumerate(each(value)[0])]
+            flags = {d: alive[atoms].all(0) for d, atoms in dims if atoms is not None}
+            found.append({d: here for d, here in flags.items() if not here.all()})
+        return found
 
     def cost(self, alive: Flags) -> Cost:
         """Parameters, weights, MACs and bytes with these labels alive."""
@@ -120,5 +131,5 @@ def multiply(op: Op, names: Mapping[fx.Node, str]) -> list[Multiply]:
 
 
 def outputs(node: fx.Node) -> list[fx.Node]:
-    """The tensors that the program returns."""
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    """The tensors that the program returns, in order; one that is returned twice is there twice."""
+    return [n for n in tree_leaves(node.args) if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import TraceError
+from secateur.graph.inline import inline_
 from secateur.graph.types import example_args
 from secateur.tasks import call, mode
 
@@ -38,7 +41,7 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
         raise TraceError(f"expected a torch.nn.Module, found {type(model).__name__}; pass the model itself")
     args, kwargs = example_args(_at_least_two(inputs) if dynamic_batch else inputs)
     shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
-    with mode(model, training=False), torch.no_grad(), warnings.catch_warnings():
+    with mode(model, training=False), torch.no_grad(), _plain_attention(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -53,7 +56,19 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
             ) from error
         module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_(module)
     return module
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """``nn.MultiheadAttention`` as the operators that it is made of, not as one fused operator for inference."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -41,6 +41,14 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Declared:
+    """What the user said about a model: ties, by the names of both places; outputs, by number, that may lose units."""
+
+    ties: tuple[tuple[str, str], ...] = ()
+    free_outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Weight:
     """A maskable weight: the parameter of a convolution, linear layer or matrix product.
 

@@ -8,10 +8,22 @@ An operator without a rule freezes everything that reaches it.
 
 from __future__ import annotations
 
-from secateur.graph.rules import attention, contraction, generate, join, norm, pointwise, pool, reduce, shape
+from secateur.graph.rules import (
+    attention,
+    contraction,
+    generate,
+    index,
+    join,
+    norm,
+    pointwise,
+    pool,
+    recurrent,
+    reduce,
+    shape,
+)
 from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, operator_name
 
-_FAMILIES = (pointwise, contraction, norm, pool, reduce, shape, join, attention, generate)
+_FAMILIES = (pointwise, contraction, norm, pool, reduce, shape, join, attention, generate, index, recurrent)
 
 RULES: dict[str, Rule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}
 REWRITES: dict[str, Rewrite] = {name: rw for family in _FAMILIES for name, rw in family.REWRITES.items()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import fx
 
 from secateur.graph.labels import Dim, Labels
+
+UNKNOWN = 10_000_019  # sizes from here on stand for sizes that depend on data; no real dimension is that large
 
 Dims = list[Dim]
 TARGET = "target"  # the key under which a rewrite names another operator to call
@@ -36,7 +39,17 @@ def operator_name(target: Any) -> str:
 
 def sizes_of(node: fx.Node) -> tuple[int, ...]:
     """The shape on the example inputs; symbolic sizes are read without specializing them."""
-    return tuple(s if isinstance(s, int) else s.node.hint for s in node.meta["val"].shape)
+    return tuple(map(size, node.meta["val"].shape))
+
+
+def size(symbol: Any) -> int:
+    """A size as a number. One that depends on data has none: it gets a large one of its own, the same everywhere."""
+    if isinstance(symbol, int):
+        return symbol
+    if symbol.node.has_hint():
+        return int(symbol.node.hint)
+    expression = symbol.node.expr
+    return int(expression.subs({s: UNKNOWN + 2 * (crc32(str(s).encode()) % 4096) for s in expression.free_symbols}))
 
 
 def each(value: Value) -> tuple[Dims, ...]:
@@ -52,6 +65,8 @@ class Op:
     labels: Labels
     values: dict[fx.Node, Value]
     where: str
+    pointers: dict[fx.Node, Dim] = field(default_factory=dict)  # nodes whose values are positions in a dimension
+    constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None  # the value of a node, where it is fixed
 
     @functools.cached_property
     def args(self) -> dict[str, Any]:

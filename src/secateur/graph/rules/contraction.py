@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from secateur.graph.labels import Dim
-from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value
+from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value, sizes_of
 
 KERNEL = "kernel position"  # never a channel: such axes are not worth a line in a report
 
@@ -94,12 +94,92 @@ def addmm(op: Op) -> Value:
     return op.broadcast((product, op.out), (op.dims("self"), op.sizes("self")))
 
 
+def terms(op: Op) -> tuple[list[list[str]], list[str]]:
+    """An einsum's letters, per operand and of its output; dots become the numbers of the dimensions that they span."""
+    equation = op.args["equation"].replace(" ", "").replace("...", ".")
+    left, arrow, right = equation.partition("->")
+    operands = []
+    for letters, node in zip(left.split(","), op.args["tensors"], strict=True):
+        span = len(sizes_of(node)) - len(letters.replace(".", ""))
+        operands.append([t for c in letters for t in (map(str, range(-span, 0)) if c == "." else c)])
+    if not arrow:  # letters that occur once, in alphabetical order, behind what the dots span
+        every = [t for letters in operands for t in letters]
+        return operands, sorted(
+            {t for t in every if every.count(t) == 1 or t[0] == "-"}, key=lambda t: (t[0] != "-", t)
+        )
+    span = len(op.out) - len(right.replace(".", ""))
+    return operands, [t for c in right for t in (map(str, range(-span, 0)) if c == "." else c)]
+
+
+def einsum(op: Op) -> Value:
+    """``einsum``: one letter is one dimension, wherever it stands; size 1 stretches."""
+    operands, out = terms(op)
+    found: dict[str, Dim] = {}
+    for letters, node in zip(operands, op.args["tensors"], strict=True):
+        for letter, dim, n in zip(letters, op.of(node), sizes_of(node), strict=True):
+            if n > 1 and letter in found:
+                op.labels.unite(found[letter], dim, op.where)
+            if n > 1:
+                found[letter] = dim if found.get(letter) is None else found[letter]
+    return [found.get(letter) for letter in out]
+
+
+def dot(op: Op) -> Value:
+    """``dot``, ``vdot``: a sum over all of both."""
+    x, y = (op.of(n) for n in op.tensors)
+    op.labels.unite(x[0], y[0], op.where)
+    op.labels.mark_inexact(x[0])
+    return []
+
+
+def outer(op: Op) -> Value:
+    x, y = (op.of(n) for n in op.tensors)
+    return [x[0], y[0]]
+
+
+def bilinear(op: Op) -> Value:
+    """``bilinear``: weight (out, in1, in2)."""
+    x, y, w = op.dims("input1"), op.dims("input2"), op.dims("weight")
+    op.labels.unite(x[-1], w[1], op.where)
+    op.labels.unite(y[-1], w[2], op.where)
+    if op.args["bias"] is not None:
+        op.labels.unite(w[0], op.dims("bias")[0], op.where)
+    batch = op.broadcast((x[:-1], op.sizes("input1")[:-1]), (y[:-1], op.sizes("input2")[:-1])) if len(x) > 1 else []
+    return [*batch, w[0]]
+
+
+def grouped_mm(op: Op) -> Value:
+    """``grouped_mm``: rows of input (tokens, in), sorted by expert, meet their expert of weight (experts, in, out).
+
+    ``offs`` (experts) says where each expert's rows end.
+    """
+    x, w, offsets = (op.of(n) for n in op.tensors[:3])
+    op.labels.unite(x[-1], w[-2], op.where)
+    op.labels.unite(w[0], offsets[0], op.where)
+    return [x[0], w[-1]]
+
+
 def embedding(op: Op) -> Value:
     """``embedding``: weight (vocabulary, features), looked up by index."""
-    w = op.dims("weight")
-    op.labels.freeze(w[0], f"vocabulary: rows are looked up by index in {op.where}")
+    w, indices = op.dims("weight"), op.args["indices"]
+    _rows(op, w[0], indices)
     features: Dim = w[1]
-    return [*op.dims("indices"), features]
+    return [*op.of(indices), features]
+
+
+def embedding_bag(op: Op) -> Value:
+    """``embedding_bag``: bags of rows of weight (vocabulary, features), pooled; three more outputs of numbers."""
+    w = op.dims("weight")
+    _rows(op, w[0], op.args["indices"])
+    others: list[Dims] = [[None] * v.dim() for v in op.node.meta["val"][1:]]
+    return [None, w[1]], *others
+
+
+def _rows(op: Op, rows: Dim, indices: Any) -> None:
+    if indices in op.pointers:
+        op.labels.unite(rows, op.pointers[indices], op.where)
+    else:
+        op.labels.freeze(rows, f"vocabulary: rows are looked up by index in {op.where}")
 
 
 _CONV = {f"conv{n}d": conv for n in (1, 2, 3)}
@@ -111,6 +191,12 @@ RULES: dict[str, Rule] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "mv"), matmul),
     **dict.fromkeys(("addmm", "baddbmm"), addmm),
+    "einsum": einsum,
+    **dict.fromkeys(("dot", "vdot"), dot),
+    **dict.fromkeys(("outer", "ger"), outer),
+    "bilinear": bilinear,
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "transformers::grouped_mm_fallback"), grouped_mm),
     "embedding": embedding,
+    **dict.fromkeys(("embedding_bag", "_embedding_bag"), embedding_bag),
 }
 REWRITES: dict[str, Rewrite] = dict.fromkeys((*_CONV, *_TRANSPOSED), rewrite_groups)

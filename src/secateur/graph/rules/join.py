@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from secateur.graph.labels import concatenate
-from secateur.graph.rules.base import TARGET, Cut, Dims, Op, Rewrite, Rule, Value, operator_name, sizes_of
+from secateur.graph.rules.base import TARGET, Cut, Dims, Op, Rewrite, Rule, Value, operator_name, size, sizes_of
 
 
 def cat(op: Op) -> Value:
@@ -39,17 +39,17 @@ def split(op: Op) -> Value:
     x, d = op.dims("self"), op.dim()
     dim, start = x[d], 0
     out: list[Dims] = []
-    for size in _part_sizes(op):
-        part = None if dim is None else dim[:, start : start + size]
+    for n in _part_sizes(op):
+        part = None if dim is None else dim[:, start : start + n]
         op.labels.mark_part(part)
         out.append([*x[:d], part, *x[d + 1 :]])
-        start += size
+        start += n
     return tuple(out)
 
 
 def _part_sizes(op: Op) -> list[int]:
     d = op.dim()
-    return [s if isinstance(s := v.shape[d], int) else s.node.hint for v in op.node.meta["val"]]
+    return [size(v.shape[d]) for v in op.node.meta["val"]]
 
 
 def rewrite_split(op: Op, cut: Cut) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, sizes_of
+from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, operator_name
 
 
 def _first(op: Op) -> Any:
@@ -56,8 +56,19 @@ def rewrite_group_norm(op: Op, cut: Cut) -> dict[str, Any]:
 def softmax(op: Op) -> Value:
     """``softmax``, ``log_softmax``, ``cumsum``, …: every index of the dimension depends on the others."""
     x = op.of(op.tensors[0])
-    op.labels.freeze(x[op.dim()], f"every index depends on all others in {op.where}")
-    return x if len(sizes_of(op.tensors[0])) else None
+    if x:
+        op.labels.mark_inexact(x[op.dim()])
+    return x
+
+
+def weight_norm(op: Op) -> Value:
+    """``_weight_norm``: v / |v| * g, a norm per index of one dimension (Salimans and Kingma 2016)."""
+    v, g, d = op.dims("v"), op.dims("g"), op.dim(of="v")
+    op.labels.unite(v[d], g[d] if len(g) > 1 else g[0], op.where)
+    for k, dim in enumerate(v):
+        if k != d:
+            op.labels.mark_inexact(dim)
+    return v if operator_name(op.node.target) == "_weight_norm" else (v, g)
 
 
 RULES: dict[str, Rule] = {
@@ -66,6 +77,7 @@ RULES: dict[str, Rule] = {
     "layer_norm": layer_norm,
     "rms_norm": layer_norm,
     "group_norm": group_norm,
+    **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), weight_norm),
     **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "_softmax", "_log_softmax"), softmax),
 }
 REWRITES: dict[str, Rewrite] = {

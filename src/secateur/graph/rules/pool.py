@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from secateur.graph.rules.base import Op, Rewrite, Rule, Value, operator_name
@@ -43,7 +44,81 @@ def pixel_shuffle(op: Op) -> Value:
     return [*op.keep_leading(x, 2)[:-3], channel, None, None]
 
 
+def pixel_unshuffle(op: Op) -> Value:
+    """Every channel becomes (channel, r, r)."""
+    x, r = op.dims("self"), int(op.args["downscale_factor"])
+    n = op.sizes("self")[-3]
+    return [*op.keep_leading(x, 2)[:-3], op.labels.merge([x[-3], None], [n, r * r]), None, None]
+
+
+def im2col(op: Op) -> Value:
+    """``im2col`` (``unfold`` of images): (…, C, H, W) becomes (…, C x kernel, positions)."""
+    x, kernel = op.dims("self"), math.prod(op.args["kernel_size"])
+    channel = op.labels.merge([x[-3], None], [op.sizes("self")[-3], kernel])
+    return [*op.keep_leading(x, 2)[:-3], channel, None]
+
+
+def col2im(op: Op) -> Value:
+    """``col2im`` (``fold``): (…, C x kernel, positions) becomes (…, C, H, W)."""
+    x, kernel = op.dims("self"), math.prod(op.args["kernel_size"])
+    channel, positions = op.labels.split(x[-2], [op.sizes("self")[-2] // kernel, kernel], op.where)
+    op.labels.freeze(positions, f"becomes space in {op.where}")
+    return [*op.keep_leading(x, 1)[:-2], channel, None, None]
+
+
+def unfold(op: Op) -> Value:
+    """``unfold``: windows of one dimension become a dimension of their own."""
+    x, d = op.dims("self"), op.dim("dimension")
+    op.labels.freeze(x[d], f"cut into windows in {op.where}")
+    x[d] = None
+    return [*x, None]
+
+
+def grid_sampler(op: Op) -> Value:
+    """``grid_sampler``: input (N, C, *space) sampled at grid (N, *space, coordinates)."""
+    x, grid = op.dims("input"), op.dims("grid")
+    for dim in grid[1:]:
+        op.labels.freeze(dim, f"coordinates of {op.where}")
+    op.labels.unite(x[0], grid[0], op.where)
+    return op.keep_leading(x, len(x) - 2)
+
+
+def along(op: Op) -> Value:
+    """Operators that mix all positions of some dimensions, such as Fourier transforms: those must stay whole."""
+    x = op.of(op.tensors[0])
+    which = op.args.get("dim", op.args.get("dims"))
+    which = range(len(x)) if which is None else [which] if isinstance(which, int) else which
+    for d in which:
+        op.labels.freeze(x[d], f"mixed along this dimension in {op.where}")
+        x[d] = None
+    return x
+
+
+def view_as_complex(op: Op) -> Value:
+    """The last dimension, of size 2, becomes the two parts of a number."""
+    *x, parts = op.dims("self")
+    op.labels.freeze(parts, f"real and imaginary part in {op.where}")
+    return x
+
+
+def view_as_real(op: Op) -> Value:
+    return [*op.dims("self"), None]
+
+
+_ALONG = """
+fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+fft_rfftn fft_irfftn fft_fftshift fft_ifftshift diff cross linalg_cross
+"""
+
 RULES: dict[str, Rule] = {
+    "pixel_unshuffle": pixel_unshuffle,
+    "im2col": im2col,
+    "col2im": col2im,
+    "unfold": unfold,
+    **dict.fromkeys(("grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), grid_sampler),
+    **dict.fromkeys(_ALONG.split(), along),
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
     **dict.fromkeys(_POOLS.split(), grid),
     **dict.fromkeys(_WITH_INDICES.split(), grid_with_indices),
     "pixel_shuffle": pixel_shuffle,

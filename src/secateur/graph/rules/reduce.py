@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from secateur.graph.rules.base import Op, Rewrite, Rule, Value
 
-_NAMES = "mean sum amax amin std var logsumexp norm linalg_vector_norm any all nansum count_nonzero"
+_NAMES = """
+mean sum amax amin std var logsumexp norm linalg_vector_norm any all nansum count_nonzero prod nanmean var_mean std_mean
+"""
 
 
 def reduction(op: Op) -> Value:
@@ -18,9 +20,8 @@ def reduction(op: Op) -> Value:
     for d in sorted(reduced):
         if x:
             op.labels.mark_inexact(x[d])
-    if op.args.get("keepdim"):
-        return [None if d in reduced else dim for d, dim in enumerate(x)]
-    return [dim for d, dim in enumerate(x) if d not in reduced]
+    kept = [None if d in reduced else dim for d, dim in enumerate(x) if op.args.get("keepdim") or d not in reduced]
+    return (kept, list(kept)) if isinstance(op.node.meta["val"], tuple) else kept
 
 
 RULES: dict[str, Rule] = dict.fromkeys(_NAMES.split(), reduction)

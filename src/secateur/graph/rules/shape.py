@@ -61,8 +61,7 @@ def expand(op: Op) -> Value:
     """A stretched dimension holds equal copies, so any of them may go: it gets atoms of its own."""
     out = op.out
     x, sizes = _padded(op, len(out))
-    labelled = any(dim is not None for dim in x)
-    return [op.labels.fresh(n) if labelled and n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)]
+    return [op.labels.fresh(n) if n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)]
 
 
 def _padded(op: Op, rank: int) -> tuple[Dims, tuple[int, ...]]:
@@ -77,8 +76,6 @@ def repeat(op: Op) -> Value:
     """Copies of a whole dimension: (copies, index), merged."""
     x, sizes = _padded(op, len(op.out))
     repeats = [n // size for n, size in zip(op.out, sizes, strict=True)]
-    if all(dim is None for dim in x):
-        return x if op.out == sizes else None
     return [
         dim if r == 1 else op.labels.merge([op.labels.fresh(r), dim], [r, n])
         for dim, n, r in zip(x, sizes, repeats, strict=True)
@@ -100,13 +97,49 @@ def flip(op: Op) -> Value:
     return x
 
 
-def roll(op: Op) -> Value:
-    """Distances matter, so a rolled dimension must stay whole."""
-    x = op.dims("self")
-    for d in op.args["dims"] or range(len(x)):
-        op.labels.freeze(x[d], f"rolled by a fixed distance in {op.where}")
-        x[d] = None
+def repeat_interleave(op: Op) -> Value:
+    """``repeat_interleave`` by a number: (index, copies), merged."""
+    if not isinstance(op.args["repeats"], int) or op.args.get("dim") is None:
+        for node in op.tensors:
+            for dim in op.of(node):
+                op.labels.freeze(dim, f"repeated by numbers, or flattened, in {op.where}")
+        return None
+    x, d, r = op.dims("self"), op.dim(), int(op.args["repeats"])
+    x[d] = x[d] if r == 1 else op.labels.merge([x[d], op.labels.fresh(r)], [op.sizes("self")[d], r])
     return x
+
+
+def rewrite_repeat_interleave(op: Op, cut: Cut) -> dict[str, Any]:
+    d = op.dim()
+    kept = len(cut.kept(op.dims("self")[d], op.sizes("self")[d]))
+    return {"repeats": cut.shape(op)[d] // kept}
+
+
+def move(op: Op) -> Value:
+    """``movedim``"""
+    x = op.dims("self")
+    source, destination = op.args["source"], op.args["destination"]
+    source, destination = ([a] if isinstance(a, int) else list(a) for a in (source, destination))
+    rest = [k for k in range(len(x)) if k not in {s % len(x) for s in source}]
+    for s, t in sorted(zip(source, destination, strict=True), key=lambda pair: pair[1] % len(x)):
+        rest.insert(t % len(x), s % len(x))
+    return [x[k] for k in rest]
+
+
+def meshgrid(op: Op) -> Value:
+    """``meshgrid``: every input is stretched along all others."""
+    dims = [op.of(n)[0] if op.of(n) else None for n in op.args["tensors"]]
+    if op.args.get("indexing") == "xy" and len(dims) > 1:
+        dims[:2] = dims[1::-1]
+    return tuple(list(dims) for _ in dims)
+
+
+def whole(op: Op) -> Value:
+    """``tril``, ``triu``, ``diagonal``, …: the last two dimensions are a matrix whose positions mean something."""
+    x = op.of(op.tensors[0])
+    for dim in x[-2:]:
+        op.labels.freeze(dim, f"a matrix of positions in {op.where}")
+    return [*x[:-2], *[None] * (len(op.out) - len(x[:-2]))]
 
 
 RULES: dict[str, Rule] = {
@@ -119,9 +152,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
     "repeat": repeat,
     "flip": flip,
-    "roll": roll,
+    "repeat_interleave": repeat_interleave,
+    "movedim": move,
+    "meshgrid": meshgrid,
+    **dict.fromkeys(("tril", "triu", "diagonal", "diag_embed", "rot90"), whole),
 }
 REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "expand", "broadcast_to"), rewrite_view),
     "repeat": rewrite_repeat,
+    "repeat_interleave": rewrite_repeat_interleave,
 }

@@ -24,8 +24,9 @@ from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph import Graph, analyze
 from secateur.graph.trace import run
 from secateur.measure import Measurement, latency, measure
+from secateur.names import Choice
 from secateur.plan import Plan
-from secateur.planning import make
+from secateur.planning import Least, make
 from secateur.progress import track
 from secateur.recover import recalibrate_, recover
 from secateur.report import Frozen, Layer, Report, Row
@@ -40,10 +41,11 @@ SECONDS = 2.0
 def plan(model: nn.Module, inputs: Any, **wishes: Any) -> Plan:
     """Choose what stays, without touching the model: ``analyze`` and ``secateur.planning.make`` in one call.
 
-    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword). wishes: the keyword arguments of ``make``:
-    pattern, budget, criterion, allocate, task, ignore, overrides, seed.
+    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); or the Graph that ``analyze`` made of them,
+    given ties or freed outputs. wishes: the keyword arguments of ``make``: pattern, budget, criterion, allocate, task,
+    ignore, overrides, minimum, seed.
     """
-    return make(model, analyze(model, inputs), **wishes)
+    return make(model, inputs if isinstance(inputs, Graph) else analyze(model, inputs), **wishes)
 
 
 def prune(
@@ -55,8 +57,9 @@ def prune(
     criterion: str | Criterion = "magnitude",
     allocate: str | Strategy = "global",
     task: Task | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Choice | Sequence[Choice] = (),
     overrides: Mapping[str, float] | None = None,
+    minimum: Least | Mapping[str, Least] = 1,
     epochs: int = 0,
     lr: float = 0.01,
     amp: bool = False,
@@ -68,11 +71,14 @@ def prune(
 ) -> Result:
     """Prune a model to a budget, and measure what came of it.
 
-    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); latency and MACs are taken on them.
+    inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); latency and MACs are taken on them. Or the
+        Graph that ``analyze`` made of them, given ties or freed outputs.
     pattern, budget, criterion, allocate: see the modules of those names; the first two in their notations.
     task: data, loss and score; with it batch norms are recalibrated, accuracy is measured on the test split, and the
         model is fine-tuned for ``epochs`` with distillation from the dense one.
-    ignore, overrides: globs over weights and axes to leave alone, or to prune by a part of their own.
+    ignore: weights and axes to leave alone: globs, modules, or functions of their names.
+    overrides: glob -> part to remove there.
+    minimum: units that every axis keeps at least, a count or a part; or glob -> such.
     inplace: change ``model`` itself, at the very end, after everything else has succeeded.
     verify: hold a shrunk model to the law that removing is zeroing, on the example inputs.
     source: where the model comes from, noted for ``save``.
@@ -81,9 +87,10 @@ def prune(
     """
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
-    graph = analyze(model, inputs)
+    graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
-    chosen = _choose(model, graph, {**wishes, "ignore": ignore, "overrides": overrides, "seed": seed})
+    limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}
+    chosen = _choose(model, graph, {**wishes, **limits})
     done = carry_out(model, chosen, verify=verify) if chosen.units else _masked(model, chosen)
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
@@ -102,7 +109,7 @@ def prune(
         resize_(model, chosen.slices)
         model.load_state_dict(small.state_dict())
         small = model
-    return Result(small, chosen, report, inputs, done.form, source)
+    return Result(small, chosen, report, graph.inputs, done.form, source)
 
 
 def _choose(model: nn.Module, graph: Graph, wishes: dict[str, Any]) -> Plan:

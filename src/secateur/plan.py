@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from secateur.allocate import Allocation
 from secateur.errors import DataError, PlanError
 from secateur.files import read_json, write_atomic
 from secateur.graph.graph import Graph
+from secateur.graph.types import Declared
 
 VERSION = 1
 TEXT, BITS = "plan.json", "plan.safetensors"
-KEYS = {"version", "pattern", "budget", "allocation", "shapes", "units", "slices", "masks", "meta"}
+KEYS = {"version", "pattern", "budget", "allocation", "shapes", "units", "slices", "masks", "meta", "declared"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,8 @@ class Plan:
 
     A mask pattern fills ``masks`` (weight name -> bool, of the weight's shape). A channel pattern fills ``units``
     (axis name -> bool per unit) and what follows from them, ``slices`` (tensor name -> dimension -> bool per index).
-    ``shapes`` are the dense shapes of all tensors concerned; ``meta`` says how the plan was made. ``graph`` is only
-    held in memory, never saved.
+    ``shapes`` are the dense shapes of all tensors concerned; ``meta`` says how the plan was made, and
+    ``declared`` what the user said about the model. ``graph`` is only held in memory, never saved.
     """
 
     pattern: str
@@ -46,6 +47,7 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     meta: Mapping[str, str | int]
     graph: Graph | None = field(default=None, repr=False)
+    declared: Declared = field(default_factory=Declared)
 
     def keep(self, name: str) -> Tensor:
         """A bool tensor of the dense tensor's shape, True where it stays."""
@@ -103,6 +105,7 @@ class Plan:
             "slices": {name: sorted(dims) for name, dims in self.slices.items()},
             "masks": sorted(self.masks),
             "meta": dict(self.meta),
+            "declared": asdict(self.declared),
         }
         bits = {f"mask/{name}": _pack(m) for name, m in self.masks.items()}
         bits |= {f"unit/{name}": _pack(u) for name, u in self.units.items()}
@@ -136,6 +139,10 @@ class Plan:
                 },
                 shapes=shapes,
                 meta={str(k): v for k, v in text["meta"].items() if isinstance(v, (str, int))},
+                declared=Declared(
+                    tuple((str(a), str(b)) for a, b in text["declared"]["ties"]),
+                    tuple(int(i) for i in text["declared"]["free_outputs"]),
+                ),
             )
         except (OSError, SafetensorError, LookupError, TypeError, ArithmeticError, ValueError, AttributeError) as error:
             if isinstance(error, DataError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib import metadata
@@ -19,10 +20,13 @@ from secateur.criteria import Criterion, score
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph.graph import Graph
 from secateur.graph.types import Axis, Cost, Flags
-from secateur.names import matching
+from secateur.names import Choice, chosen, matching
 from secateur.patterns import NM, Channel, Pattern
 from secateur.plan import Plan
 from secateur.tasks import Task
+
+Least = int | float
+"""Units that stay at least: a count (int), or a part of the axis (float)."""
 
 
 def make(
@@ -34,14 +38,17 @@ def make(
     criterion: str | Criterion = "magnitude",
     allocate: str | Strategy = "global",
     task: Task | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Choice | Sequence[Choice] = (),
     overrides: Mapping[str, float] | None = None,
+    minimum: Least | Mapping[str, Least] = 1,
     seed: int = 0,
 ) -> Plan:
     """Choose what stays within the budget. The same arguments give the same plan.
 
-    ignore: globs over weight and axis names that are left alone. overrides: glob -> part removed (0 to 1), fixed for
-    those places; the rest meets the budget. budget may be None for N:M, which fixes its own sparsity.
+    ignore: what is left alone: globs over weight and axis names, modules, or functions of such a name. overrides: glob
+    -> part removed (0 to 1), fixed for those places; the rest meets the budget. minimum: units that every axis keeps at
+    least, a count or a part (0.25); or glob over axes -> such, the last one that matches counts. budget may be None for
+    N:M, which fixes its own sparsity.
 
     Raises SpecError for notation and names that cannot be read, BudgetError, with the nearest possible value, for a
     budget that cannot be met, DataError for weights or scores that are not finite.
@@ -52,7 +59,7 @@ def make(
             f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
         )
     strategy = resolve_strategy(allocate)
-    ignored = matching(ignore, [*graph.weights, *(a.name for a in graph.axes)], "ignore") if ignore else set()
+    ignored = chosen(ignore, [*graph.weights, *(a.name for a in graph.axes)], model, "ignore")
     fixed = dict(overrides or {})
     for glob, part in fixed.items():
         if not 0 <= part < 1:
@@ -69,7 +76,10 @@ def make(
         if wish is None:
             raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
         scores = score(model, graph, criterion, task, seed)
-        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, described)
+        least = _least(minimum, {a.name: a.units for a in graph.axes})
+        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, least, described)
+    if minimum != 1:
+        raise SpecError(f"minimum={minimum!r} counts units, which pattern {pattern!r} does not remove; leave it out")
     names = [n for n, w in graph.weights.items() if n not in ignored and not patterns.why_not(shape, w)]
     if not names:
         raise SpecError(f"pattern {pattern!r} applies to none of the {len(graph.weights)} weights; choose another")
@@ -181,6 +191,7 @@ def _channels(
     strategy: Strategy,
     ignored: set[str],
     overrides: Mapping[str, float],
+    least: Mapping[str, int],
     described: Described,
 ) -> Plan:
     free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
@@ -189,11 +200,11 @@ def _channels(
         reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
         raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
     total = {name: len(s) for name, s in pooled.items()}
-    fixed = {n: _rounded(k, total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
+    fixed = {n: _rounded(max(k, least[n]), total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
     order = {name: s.argsort(descending=True, stable=True).numpy() for name, s in pooled.items()}
 
     def shaped(counts: Counts) -> dict[str, int]:
-        return {n: fixed.get(n, _rounded(c, total[n], pattern.multiple)) for n, c in counts.items()}
+        return {n: fixed.get(n, _rounded(max(c, least[n]), total[n], pattern.multiple)) for n, c in counts.items()}
 
     def flags(counts: Counts) -> dict[str, Flags]:
         chosen = {name: np.zeros(total[name], bool) for name in counts}
@@ -210,8 +221,8 @@ def _channels(
         ladder = strategy(pooled, relative=True)
         found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
         if found is None:
-            least = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
-            raise _unmet(wish, least, everything)
+            smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
+            raise _unmet(wish, smallest, everything)
         best_gone = {n: s[order[n]] / s.mean() for n, s in pooled.items() if n not in fixed}
         kept = _give_back(found, best_gone, pattern.multiple, lambda c: measure(graph.cost(flags(c))) <= limit)
     return _plan(graph, described, Allocation(kept, total), keep=flags(kept))
@@ -252,9 +263,21 @@ def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
     return sums / counts if bool((counts > 0).all()) else None
 
 
+def _least(minimum: Least | Mapping[str, Least], units: Mapping[str, int]) -> dict[str, int]:
+    """Units that each axis keeps at least, of those it has."""
+    found = dict.fromkeys(units, 1)
+    for glob, wish in minimum.items() if isinstance(minimum, Mapping) else [("*", minimum)]:
+        if not (type(wish) is int and wish >= 1) and not (type(wish) is float and 0 <= wish <= 1):
+            raise SpecError(f"minimum of {glob!r} is {wish!r}; expected a count from 1, or a part from 0.0 to 1.0")
+        for name in matching([glob], units, "minimum"):
+            asked = wish if isinstance(wish, int) else math.ceil(wish * units[name])
+            found[name] = min(units[name], max(1, asked))
+    return found
+
+
 def _rounded(count: int, total: int, multiple: int) -> int:
-    """Up to the next allowed count: a multiple, at least one; or everything."""
-    return min(total, max(1, -(-count // multiple)) * multiple)
+    """Up to the next multiple, or everything."""
+    return min(total, -(-count // multiple) * multiple)
 
 
 def _measure_of(wish: Budget) -> Callable[[Cost], int]:
@@ -291,7 +314,7 @@ def _unmet(wish: Budget, least: float, everything: float) -> BudgetError:
     part = least / everything if everything else 1.0
     nearest = f"sparsity={1 - part:.2%}" if wish.kind == "sparsity" else f"{wish.kind}={part:.2%} ({least:,.0f})"
     return BudgetError(
-        f"{wish} cannot be met: what is frozen, ignored, fixed by overrides, or kept as the last unit leaves more than "
+        f"{wish} cannot be met: what is frozen, ignored, fixed by overrides, or kept as a minimum leaves more than "
         f"that; the nearest possible is {nearest}",
         part,
     )
@@ -311,4 +334,4 @@ def _plan(
     }
     shapes = {n: graph.program.tensors[n].shape for n in (*(masks or {}), *slices)}
     units = {n: torch.from_numpy(f) for n, f in (keep or {}).items()}
-    return Plan(pattern, budget, allocation, masks or {}, units, slices, shapes, meta, graph)
+    return Plan(pattern, budget, allocation, masks or {}, units, slices, shapes, meta, graph, graph.declared)

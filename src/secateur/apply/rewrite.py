@@ -74,7 +74,7 @@ class _Writer:
         self.new[node].target = path
 
     def operator(self, node: fx.Node) -> None:
-        op = Op(node, self.program.engine, dict(self.program.values), "")
+        op = self.program.op(node)
         name = operator_name(node.target)
         self.here = self.new[node]
         change = REWRITES[name](op, self.cut) if name in REWRITES and self._touched(node) else {}

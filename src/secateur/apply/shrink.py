@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
+from secateur.apply.attributes import Changes, search_, sizes, write_
+from secateur.apply.blame import outputs_of, relative_error
 from secateur.apply.mask import mask
+from secateur.apply.oracle import ZeroedProgram
 from secateur.apply.resize import resize_
 from secateur.apply.rewrite import rewrite
-from secateur.errors import LawError, PlanError, TraceError
+from secateur.errors import LawError, PlanError
 from secateur.graph import Graph, analyze
-from secateur.graph.trace import first_line, run
+from secateur.graph.trace import run
 from secateur.graph.types import Flags
 from secateur.plan import Plan
 from secateur.tasks import clone
@@ -35,17 +38,21 @@ class Law:
 
     error: float
     tolerance: float
-    oracle: str  # "zeroed original" or "sliced program"
+    oracle: str  # "zeroed original" or "zeroed program"
 
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """A shrunk model. ``form`` is "module" (the user's class) or "program" (its rewritten program, and ``why``)."""
+    """A shrunk model. ``form`` is "module" (the user's class) or "program" (its rewritten program, and ``why``).
+
+    ``attributes`` are the numbers that modules of the user's class had to be given besides their tensors.
+    """
 
     model: nn.Module
     form: str
     why: str
     law: Law | None
+    attributes: Changes = field(default_factory=dict)
 
 
 def shrink(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = True) -> nn.Module:
@@ -72,6 +79,7 @@ def shrink_(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = 
     if done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use shrink(model, plan)")
     resize_(model, plan.slices)
+    write_(model, done.attributes)
     return model
 
 
@@ -83,22 +91,25 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
             "use mask(model, plan), or make a plan with pattern='channel'"
         )
     plan.check_fits(model)
-    graph = plan.graph if inputs is None else analyze(model, inputs)
+    graph = plan.graph if inputs is None else _again(model, plan, inputs)
     if graph is None:
         raise PlanError("this plan was loaded from a file; give example inputs: shrink(model, plan, inputs)")
     keep = _flags(graph, plan)
     inputs = graph.inputs
     small = clone(model)
     resize_(small, plan.slices)
-    oracle = run(rewrite(graph.program, small, graph.alive(keep)), inputs)
-    form, why = "module", _why_not(small, inputs, oracle, _tolerance(model))
-    if why:
-        form, small = "program", as_program(model, plan, small, inputs)
+    alive, tolerance = graph.alive(keep), _tolerance(model)
+    written = rewrite(graph.program, small, alive)
+    oracle = run(written, inputs)
+    found = search_(small, sizes(graph, alive), inputs, oracle, outputs_of(written, inputs), tolerance)
+    form = "program" if found.why else "module"
+    if found.why:
+        small = as_program(model, plan, small, inputs)
         error = relative_error(run(small, inputs), oracle)
-        if not error <= _tolerance(model):
+        if not error <= tolerance:
             raise LawError(f"the program rewritten for any batch size differs from the traced one by {error:.2g}")
-    law = _check(model, plan, graph, small, oracle) if verify else None
-    return Shrunk(small, form, why, law)
+    law = _check(model, plan, graph, small) if verify else None
+    return Shrunk(small, form, found.why, law, found.changes)
 
 
 def _flags(graph: Graph, plan: Plan) -> dict[str, Flags]:
@@ -116,31 +127,40 @@ def _flags(graph: Graph, plan: Plan) -> dict[str, Flags]:
     return {name: flags.cpu().numpy() for name, flags in plan.units.items()}
 
 
-def _why_not(small: nn.Module, inputs: Any, oracle: Any, tolerance: float) -> str:
-    """Why the user's class cannot hold the new sizes; "" where it runs and gives the oracle's outputs."""
-    try:
-        error = relative_error(run(small, inputs), oracle)
-    except TraceError as failure:
-        return f"its code holds on to the old sizes ({first_line(failure.__cause__)})"
-    if not error <= tolerance:
-        return f"its code computes with the old sizes (outputs differ by {error:.2g})"
-    return ""
-
-
 def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any) -> nn.Module:
     """The rewritten program of ``model`` over the sliced tensors of ``small``.
 
     It is not tied to the example's batch size where the model allows that.
     """
-    free = analyze(model, inputs, dynamic_batch=True)
+    free = _again(model, plan, inputs, dynamic_batch=True)
     return rewrite(free.program, small, free.alive(_flags(free, plan)))
 
 
-def _check(model: nn.Module, plan: Plan, graph: Graph, small: nn.Module, oracle: Any) -> Law:
+def _again(model: nn.Module, plan: Plan, inputs: Any, dynamic_batch: bool = False) -> Graph:
+    """The model analyzed once more, with what the plan's user declared about it."""
+    said = plan.declared
+    return analyze(model, inputs, ties=said.ties, free_outputs=said.free_outputs, dynamic_batch=dynamic_batch)
+
+
+def _freed(output: Any, graph: Graph, plan: Plan) -> Any:
+    """An output of the dense model without the channels that freed outputs lost."""
+    kept = iter(graph.program.kept_outputs(graph.alive(_flags(graph, plan))))
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            for dim, flags in next(kept).items():
+                value = value.index_select(dim, torch.from_numpy(flags.nonzero()[0]).to(value.device))
+        return value
+
+    return tree_map(cut, output)
+
+
+def _check(model: nn.Module, plan: Plan, graph: Graph, small: nn.Module) -> Law:
     changed = [graph.axis(name) for name, flags in plan.units.items() if not bool(flags.all())]
     exact, tolerance = all(axis.exact for axis in changed), _tolerance(model)
-    want = run(mask(model, plan), graph.inputs) if exact else oracle
-    name = "zeroed original" if exact else "sliced program"
+    zeroed = mask(model, plan) if exact else ZeroedProgram(graph.program, model, graph.alive(_flags(graph, plan)))
+    want = _freed(run(zeroed, graph.inputs), graph, plan)
+    name = "zeroed original" if exact else "zeroed program"
     error = relative_error(run(small, graph.inputs), want)
     if not error <= tolerance:
         raise LawError(
@@ -153,25 +173,3 @@ def _check(model: nn.Module, plan: Plan, graph: Graph, small: nn.Module, oracle:
 def _tolerance(model: nn.Module) -> float:
     dtypes = {p.dtype for p in model.parameters()}
     return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
-
-
-def relative_error(found: Any, expected: Any) -> float:
-    """Largest absolute difference of floating-point outputs over the largest absolute output, per tensor; the worst.
-
-    Infinite where shapes differ or one is not finite where the other is.
-    """
-    floats = [
-        [x.detach().double() for x in tree_leaves(o) if isinstance(x, Tensor) and x.is_floating_point()]
-        for o in (found, expected)
-    ]
-    if len(floats[0]) != len(floats[1]):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(*floats, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if a.numel():
-            gap = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, a - b).abs().max()
-            scale = b[b.isfinite()].abs().max() if b.isfinite().any() else torch.tensor(1.0)
-            worst = max(worst, float((gap / scale.clamp_min(1e-12)).nan_to_num(float("inf"))))
-    return worst

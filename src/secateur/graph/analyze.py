@@ -77,11 +77,22 @@ class _Walk:
         self.names: dict[fx.Node, str] = {}  # of nodes that read a parameter, as it is
         self.producers: dict[fx.Node, str] = {}  # node -> weight whose outputs it holds
         self.pointers: dict[Any, Dim] = {}  # node, or (node, output) -> the dimension that its values are positions in
+        self.inexact: set[fx.Node] = set()
         self.constants = Constants(self.module)
         self.aliases, self.kinds = _canonical_names(self.model)
 
     def program(self) -> Program:
-        return Program(self.module, self.labels, self.values, self.tensors, self.aliases, tuple(self.multiplies))
+        return Program(
+            self.module,
+            self.labels,
+            self.values,
+            self.tensors,
+            self.aliases,
+            tuple(self.multiplies),
+            self.pointers,
+            frozenset(self.inexact),
+            self.constants,
+        )
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -128,7 +139,10 @@ class _Walk:
         rule = RULES.get(operator_name(node.target))
         if rule is not None and all(n.meta.get("val") is not None for n in op.tensors):
             self._follow(op)
+            known = len(self.labels.inexact)
             self.values[node] = rule(op)
+            if len(self.labels.inexact) > known:
+                self.inexact.add(node)
             self._count(op)
             return
         self.values[node] = None

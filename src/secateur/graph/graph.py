@@ -24,7 +24,7 @@ class Graph:
     weights: Mapping[str, Weight]
     program: Program = field(repr=False)
     inputs: Any = field(repr=False, default=None)
-    declared: Declared = Declared()
+    declared: Declared = field(default_factory=Declared)
 
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises SpecError for an unknown one."""

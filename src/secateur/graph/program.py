@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph.constants import Constants
 from secateur.graph.labels import Atoms, Dim, Labels
 from secateur.graph.rules import Op, operator_name
-from secateur.graph.rules.base import Value
+from secateur.graph.rules.base import Value, each
 from secateur.graph.types import Cost, Flags
 
 
@@ -46,7 +48,14 @@ class Program:
     tensors: Mapping[str, Tensors]
     aliases: Mapping[str, str]  # other names of tied tensors -> the name used here
     multiplies: tuple[Multiply, ...]
+    pointers: MutableMapping[Any, Dim]  # node, or (node, output) -> the dimension that its values are positions in
+    inexact: frozenset[fx.Node]  # operators that average over a dimension, so that removing is not zeroing
+    constants: Constants
     _resolved: dict[int, tuple[Dim, Atoms]] = field(default_factory=dict, repr=False)
+
+    def op(self, node: fx.Node) -> Op:
+        """An operator as its rewrite sees it."""
+        return Op(node, self.engine, self.values, "", self.pointers, self.constants.value)
 
     @property
     def labels(self) -> int:
@@ -71,7 +80,7 @@ class Program:
         for node in outputs(next(iter(reversed(self.module.graph.nodes)))):
             value = self.values.get(node)
             dims = [] if value is None else [(d, self.atoms(dim)) for d, dim in enumerate(each(value)[0])]
-            flags = {d: alive[atoms].all(0) for d, atoms in dims if atoms is not None}
+            flags = {d: np.atleast_1d(alive[atoms].all(0)) for d, atoms in dims if atoms is not None}
             found.append({d: here for d, here in flags.items() if not here.all()})
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -63,9 +63,9 @@ class Op:
 
     node: fx.Node
     labels: Labels
-    values: dict[fx.Node, Value]
+    values: Mapping[fx.Node, Value]
     where: str
-    pointers: dict[fx.Node, Dim] = field(default_factory=dict)  # nodes whose values are positions in a dimension
+    pointers: MutableMapping[Any, Dim] = field(default_factory=dict)  # nodes whose values are positions in a dimension
     constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None  # the value of a node, where it is fixed
 
     @functools.cached_property

@@ -204,7 +204,7 @@ def topk(op: Op) -> Value:
     x, d = op.dims("self"), op.dim()
     op.labels.mark_inexact(x[d])
     op.labels.keep_at_least(x[d], int(op.args["k"]))
-    op.pointers[op.node, 1] = x[d]  # type: ignore[index]
+    op.pointers[op.node, 1] = x[d]
     out: Dims = [*x[:d], None, *x[d + 1 :]]
     return out, out
 
@@ -235,7 +235,7 @@ def best(op: Op) -> Value:
     if operator_name(op.node.target).startswith("arg"):
         op.pointers[op.node] = x[d]
         return out
-    op.pointers[op.node, 1] = x[d]  # type: ignore[index]
+    op.pointers[op.node, 1] = x[d]
     return out, list(out)
 
 

@@ -54,7 +54,7 @@ def rewrite_group_norm(op: Op, cut: Cut) -> dict[str, Any]:
 
 
 def softmax(op: Op) -> Value:
-    """``softmax``, ``log_softmax``, ``cumsum``, …: every index of the dimension depends on the others."""
+    """``softmax``, ``log_softmax``, ``cumprod``, …: every index of the dimension depends on the others."""
     x = op.of(op.tensors[0])
     if x:
         op.labels.mark_inexact(x[op.dim()])
@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     "rms_norm": layer_norm,
     "group_norm": group_norm,
     **dict.fromkeys(("_weight_norm", "_weight_norm_interface"), weight_norm),
-    **dict.fromkeys(("softmax", "log_softmax", "cumsum", "cumprod", "_softmax", "_log_softmax"), softmax),
+    **dict.fromkeys(("softmax", "log_softmax", "cumprod", "_softmax", "_log_softmax"), softmax),
 }
 REWRITES: dict[str, Rewrite] = {
     "layer_norm": rewrite_layer_norm,

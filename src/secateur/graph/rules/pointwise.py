@@ -7,9 +7,9 @@ from secateur.graph.rules.base import Op, Rewrite, Rule, Value, sizes_of
 _UNARY = """
 abs absolute acos acosh alias asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clip
 clone contiguous cos cosh deg2rad detach dropout alpha_dropout elu erf erfc erfinv exp exp2 expm1 fill floor frac gelu
-hardshrink hardsigmoid hardswish hardtanh isfinitef isnan leaky_relu lift_fresh_copy log log10 log1p log2
+hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lift_fresh_copy log log10 log1p log2
 log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rrelu rsqrt
-selu sgn sigmoid sign silu sin sinh softplus softshrink softsign special_expit sqrt square tan tanh tanhshrink
+selu sgn sigmoid sign silu sin sinh softplus softshrink softsign special_expit cumsum sqrt square tan tanh tanhshrink
 threshold to trunc type_as zero feature_dropout lift_fresh _to_copy real imag conj resolve_conj _conj conj_physical
 native_dropout erfinv digamma lgamma i0 sinc
 """

@@ -427,11 +427,8 @@ OTHERS = {
 NETS = {**MAPS, **OTHERS}
 
 
-def build(name, seed=0):
-    """The network and its inputs, in evaluation mode, with batch norms that do something."""
-    torch.manual_seed(seed)
-    factory, inputs = NETS[name]
-    net = factory()
+def enliven_(net):
+    """Batch norms that do something."""
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None:
             m.running_mean.uniform_(-0.3, 0.3)
@@ -439,4 +436,11 @@ def build(name, seed=0):
             if m.affine:
                 nn.init.uniform_(m.weight, 0.6, 1.4)
                 nn.init.uniform_(m.bias, -0.3, 0.3)
-    return net.eval(), inputs()
+    return net
+
+
+def build(name, seed=0):
+    """The network and its inputs, in evaluation mode."""
+    torch.manual_seed(seed)
+    factory, inputs = NETS[name]
+    return enliven_(factory()).eval(), inputs()

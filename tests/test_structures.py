@@ -1,0 +1,147 @@
+"""All 59 structures of ``structures``: what is free, the law, other batch sizes, training."""
+
+import copy
+import importlib
+import re
+
+import pytest
+import torch
+from structures import CASES
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from nets import enliven_
+from secateur.apply.shrink import TOLERANCE, carry_out
+from secateur.errors import TraceError
+from secateur.graph import analyze
+from secateur.planning import make
+from secateur.tasks import call
+
+for topic in "attention convolutions forms joins layouts mixing norms program recurrent".split():  # noqa: SIM905
+    importlib.import_module(f"structures.{topic}")
+CASES.sort(key=lambda c: c.id)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # torch's own, on copying a program
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # reentrant checkpoints in evaluation
+]
+
+
+class Carried:
+    """One case: the dense network, what was found in it, and what came out of removing random units."""
+
+    def __init__(self, case):
+        torch.manual_seed(0)
+        self.case = case
+        self.model = enliven_(case.build()).eval()
+        self.inputs = case.inputs(2)
+        self.graph = analyze(self.model, self.inputs)
+        self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._plan = self._done = None
+
+    @property
+    def plan(self):
+        if self._plan is None:
+            wish = {"pattern": "channel", "budget": self.case.budget, "criterion": "random", "allocate": "uniform"}
+            self._plan = make(self.model, self.graph, seed=1, **wish)
+        return self._plan
+
+    @property
+    def done(self):
+        if self._done is None:
+            self._done = carry_out(self.model, self.plan)
+        return self._done
+
+    @property
+    def exact(self):
+        """Whether every axis that lost units is one where removing is zeroing."""
+        return all(self.graph.axis(a).exact for a, flags in self.plan.units.items() if not flags.all())
+
+
+@pytest.fixture(scope="module", params=[c for c in CASES if c.free], ids=lambda c: c.id)
+def carried(request):
+    return Carried(request.param)
+
+
+def zeroed(model, plan):
+    """The dense network with zeros in place of all that is gone. Knows nothing of the engine but the plan's indices."""
+    model = copy.deepcopy(model)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for name, dims in plan.slices.items():
+            for dim, keep in dims.items():
+                tensors[name].index_fill_(dim, (~keep).nonzero()[:, 0], 0)
+    return model
+
+
+def floats(out):
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def close(found, expected, tolerance):
+    for a, b in zip(floats(found), floats(expected), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-6)
+
+
+def test_what_is_free_and_what_is_not(carried):
+    assert tuple(sorted(a.units for a in carried.graph.free)) == carried.case.free
+    if carried.case.frozen:
+        assert any(re.search(carried.case.frozen, a.frozen) for a in carried.graph.axes)
+
+
+def test_removing_is_zeroing(carried):
+    law = carried.done.law
+    assert law.error <= law.tolerance
+    for name, value in carried.model.state_dict().items():
+        assert torch.equal(value, carried.before[name])
+    size = sum(p.numel() for p in carried.done.model.parameters())
+    assert size < sum(p.numel() for p in carried.model.parameters())
+
+
+def test_other_inputs_of_other_batch_sizes(carried):
+    small, dense = carried.done.model, zeroed(carried.model, carried.plan)
+    tolerance = max(TOLERANCE[p.dtype] for p in dense.parameters() if p.dtype in TOLERANCE)
+    for batch in carried.case.batches or (2,):
+        inputs = carried.case.inputs(batch)
+        with torch.no_grad():
+            found, expected = call(small, inputs), call(dense, inputs)
+        assert [t.shape for t in tree_leaves(found) if isinstance(t, torch.Tensor)] == [
+            t.shape for t in tree_leaves(expected) if isinstance(t, torch.Tensor)
+        ]
+        assert all(t.isfinite().all() for t in floats(found))
+        if carried.exact:
+            close(found, expected, tolerance)
+
+
+def test_the_result_trains(carried):
+    dense, small = copy.deepcopy(carried.model).train(), copy.deepcopy(carried.done.model).train()
+    for model in (dense, small):
+        loss(call(model, carried.inputs), model)
+    trained = {n for n, p in dense.named_parameters() if p.grad is not None}
+    found = {n for n, p in small.named_parameters() if p.grad is not None}
+    assert found == trained
+    named = dict(small.named_parameters())
+    assert all(named[n].grad.isfinite().all() for n in trained)
+    if trained:
+        before = copy.deepcopy(small.state_dict())
+        torch.optim.SGD(small.parameters(), lr=0.01).step()
+        assert any(not torch.equal(v, before[n]) for n, v in small.state_dict().items())
+
+
+def loss(out, model: nn.Module):
+    if any(p.requires_grad for p in model.parameters()):
+        sum(t.float().square().mean() for t in floats(out) if t.requires_grad).backward()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.free], ids=lambda c: c.id)
+def test_frozen_or_refused_with_the_reason(case):
+    torch.manual_seed(0)
+    model = case.build()
+    if case.refused:
+        with pytest.raises(TraceError, match=case.refused):
+            analyze(model, case.inputs(2))
+    else:
+        graph = analyze(model, case.inputs(2))
+        assert not graph.free
+        assert any(re.search(case.frozen, a.frozen) for a in graph.axes)

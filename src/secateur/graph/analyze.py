@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from secateur.graph.constants import Constants
 from secateur.graph.declared import freed, tie
 from secateur.graph.graph import Graph
 from secateur.graph.labels import Dim, Labels
-from secateur.graph.program import Multiply, Program, Tensors, multiply, outputs
+from secateur.graph.macs import Multiply, Read, carried, multiply
+from secateur.graph.program import Program, Tensors, outputs
 from secateur.graph.rules import RULES, Op, operator_name
 from secateur.graph.rules.base import Value, each
 from secateur.graph.rules.index import CARRIES, reads_positions
@@ -74,7 +75,7 @@ class _Walk:
         self.tensors: dict[str, Tensors] = {}
         self.weights: dict[str, Weight] = {}
         self.multiplies: list[Multiply] = []
-        self.names: dict[fx.Node, str] = {}  # of nodes that read a parameter, as it is
+        self.reads: dict[fx.Node, Read] = {}  # nodes that are a parameter, or a part of one
         self.producers: dict[fx.Node, str] = {}  # node -> weight whose outputs it holds
         self.pointers: dict[Any, Dim] = {}  # node, or (node, output) -> the dimension that its values are positions in
         self.inexact: set[fx.Node] = set()
@@ -121,13 +122,15 @@ class _Walk:
             self.tensors[name] = Tensors(name, dims, tuple(value.shape), kind, value.element_size())
         self.values[node] = list(self.tensors[name].dims)
         if self.tensors[name].kind == "parameter":
-            self.names[node] = name
+            self.reads[node] = Read(name, tuple(range(value.dim())))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             source, index = node.args
             several = self.values[source]  # type: ignore[index]
             self.values[node] = several[index] if isinstance(several, tuple) else None  # type: ignore[index]
+            if source in self.reads and operator_name(source.target) not in ("unbind", "max", "min"):  # type: ignore[union-attr]
+                self.reads[node] = self.reads[source]  # type: ignore[index]
             if (source, index) in self.pointers:
                 self.pointers[node] = self.pointers[source, index]
             return
@@ -171,7 +174,9 @@ class _Walk:
 
     def _count(self, op: Op) -> None:
         """Note MACs, which parameters are weights, and which batch norm follows them."""
-        found = multiply(op, self.names)
+        found = multiply(op, self.reads)
+        if (read := carried(op, self.reads)) is not None:
+            self.reads[op.node] = read
         self.multiplies += found
         for m in found:
             if m.weight:
@@ -179,31 +184,17 @@ class _Walk:
                 self.producers[op.node] = m.weight
         if operator_name(op.node.target) == "batch_norm":
             weight = self.producers.get(op.args["input"])
-            scale = self.names.get(op.args["weight"])
+            scale = self.reads.get(op.args["weight"])
             if weight and scale and not self.weights[weight].norm:
-                self.weights[weight] = _replace_norm(self.weights[weight], scale)
+                self.weights[weight] = replace(self.weights[weight], norm=scale.name)
 
     def _weigh(self, op: Op, m: Multiply) -> None:
-        macs = 1
-        for _, size in m.factors:
-            macs *= size
         known = self.weights.get(m.weight)
         if known is not None:
-            self.weights[m.weight] = Weight(
-                known.name, known.shape, known.op, known.out_dim, known.in_dim, known.macs + macs, known.norm
-            )
+            self.weights[m.weight] = replace(known, macs=known.macs + m.macs)
             return
-        name, shape = operator_name(op.node.target), self.tensors[m.weight].shape
-        first = "transpose" in name or name in ("matmul", "mm", "addmm", "bmm", "baddbmm")
-        out_dim, in_dim = (len(shape) - 1, len(shape) - 2) if first and "conv" not in name else (0, 1)
-        if "transpose" in name:
-            out_dim, in_dim = 1, 0
-        if len(shape) > 1:
-            self.weights[m.weight] = Weight(m.weight, shape, name, out_dim, in_dim, macs)
-
-
-def _replace_norm(weight: Weight, norm: str) -> Weight:
-    return Weight(weight.name, weight.shape, weight.op, weight.out_dim, weight.in_dim, weight.macs, norm)
+        shape, name = self.tensors[m.weight].shape, operator_name(op.node.target)
+        self.weights[m.weight] = Weight(m.weight, shape, name, m.out_dim, m.in_dim, m.macs)
 
 
 def _canonical_names(model: nn.Module) -> tuple[Mapping[str, str], Mapping[str, str]]:

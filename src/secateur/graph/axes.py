@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.graph import naming
 from secateur.graph.labels import Atoms
 from secateur.graph.program import Program
 from secateur.graph.rules.contraction import KERNEL
@@ -52,16 +53,47 @@ def gather(program: Program, weights: Mapping[str, Weight]) -> tuple[Axis, ...]:
                 if axis >= 0:
                     units = np.where(axis_of[row] == axis, unit_of[row], -1)
                     where.setdefault(int(axis), []).append(Member(name, d, units))
-    names = _Names(weights)
-    axes = []
-    for axis, found in where.items():
+    words = _words(program)
+    found = []
+    for axis, here in where.items():
         atoms = members[group.reshape(-1) == axis]
-        why = reasons[reason[atoms[0]]]
-        if why != KERNEL:
-            found = _merge_rows(found)
-            name = names.of(found)
-            axes.append(Axis(name, len(atoms), tuple(found), why, not inexact[atoms[0]], atoms))
-    return tuple(axes)
+        if reasons[reason[atoms[0]]] != KERNEL:
+            found.append((atoms, _merge_rows(here)))
+    names = naming.name([naming.Place(here, words.get(int(atoms[0]), "")) for atoms, here in found], weights)
+    least = _least(program, axis_of)
+    return tuple(
+        Axis(
+            name,
+            len(atoms),
+            tuple(here),
+            reasons[reason[atoms[0]]],
+            not inexact[atoms[0]],
+            atoms,
+            least.get(int(axis_of[atoms[0]]), 1),
+        )
+        for name, (atoms, here) in zip(names, found, strict=True)
+    )
+
+
+def _words(program: Program) -> dict[int, str]:
+    """What rules called the units; the first word given to an atom counts."""
+    words: dict[int, str] = {}
+    for dim, word in program.engine.words:
+        for atom in np.unique(program.engine.resolve(dim)):
+            words.setdefault(int(atom), word)
+    return words
+
+
+def _least(program: Program, axis_of: NDArray[np.int64]) -> dict[int, int]:
+    """Per axis how many units must stay, where that is more than one.
+
+    Of a product each factor must keep that many: more than needed, never less.
+    """
+    least: dict[int, int] = {}
+    for dim, count in program.engine.least:
+        for axis in np.unique(axis_of[program.engine.resolve(dim)]):
+            least[int(axis)] = max(count, least.get(int(axis), 1))
+    return least
 
 
 def _merge_rows(members: list[Member]) -> list[Member]:
@@ -98,30 +130,32 @@ def _frozen(program: Program, slots: list[Slot]) -> tuple[list[str], NDArray[np.
 
 
 def _signatures(program: Program, slots: list[Slot]) -> NDArray[np.uint64]:
-    """Equal for atoms that show up in the same places: the sum of one random number per place."""
+    """Equal for atoms that show up in the same places in the same way: the sum of one random number per place."""
     signature = np.zeros(program.labels, np.uint64)
     places = [(f"{name}:{d}", atoms) for name, d, atoms in slots]
     places += [(f"part {i}", program.engine.resolve(p)) for i, p in enumerate(program.engine.parts)]
     for place, atoms in places:
-        number = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "little")
-        signature[np.unique(atoms)] += np.uint64(number)
+        if len(atoms) == 1:
+            signature[np.unique(atoms)] += _number(place)
+            continue
+        for (count, gap), found in _factors(atoms).items():
+            signature[found] += _number(f"{place} {count} {gap}")
     return signature
 
 
-class _Names:
-    """Unique, stable names: the module that produces the units, numbered where one produces several axes."""
+def _number(text: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
-    def __init__(self, weights: Mapping[str, Weight]) -> None:
-        self.weights = weights
-        self.taken: dict[str, int] = {}
 
-    def of(self, members: list[Member]) -> str:
-        producer = next(
-            (m for m in members if m.tensor in self.weights and m.dim == self.weights[m.tensor].out_dim),
-            members[0],
-        )
-        base = producer.tensor.removesuffix(".weight")
-        if producer.tensor in self.weights and producer.dim != self.weights[producer.tensor].out_dim:
-            base += " inputs"
-        n = self.taken[base] = self.taken.get(base, 0) + 1
-        return base if n == 1 else f"{base} #{n}"
+def _factors(atoms: Atoms) -> dict[tuple[int, int], Atoms]:
+    """The factors of a product told apart by how often an atom occurs, and how far apart (heads: 1, widths: more)."""
+    columns = np.tile(np.arange(atoms.shape[1]), (len(atoms), 1))
+    order = np.lexsort((columns.ravel(), atoms.ravel()))
+    sorted_atoms, sorted_columns = atoms.ravel()[order], columns.ravel()[order]
+    found, start, count = np.unique(sorted_atoms, return_index=True, return_counts=True)
+    second = np.minimum(start + 1, len(sorted_columns) - 1)
+    gap = np.where(count > 1, sorted_columns[second] - sorted_columns[start], 0)
+    kinds: dict[tuple[int, int], Atoms] = {}
+    for kind in np.unique(np.stack([count, gap]), axis=1).T:
+        kinds[int(kind[0]), int(kind[1])] = found[(count == kind[0]) & (gap == kind[1])]
+    return kinds

@@ -36,6 +36,7 @@ class Labels:
         self.inexact: list[Atoms] = []
         self.parts: list[Atoms] = []  # subsets that must not become empty: they split axes apart
         self.least: list[tuple[Atoms, int]] = []  # how many indices of a dimension must stay
+        self.words: list[tuple[Atoms, str]] = []  # what people call the units of a dimension
         self._refining = False
 
     def fresh(self, size: int) -> Dim:
@@ -65,6 +66,11 @@ class Labels:
         """Fewer than ``count`` indices of ``dim`` would make no sense."""
         if dim is not None:
             self.least.append((dim, count))
+
+    def call(self, dim: Dim, word: str) -> None:
+        """``word`` is what people call the units of ``dim``, such as heads; the first word counts."""
+        if dim is not None:
+            self.words.append((dim, word))
 
     def resolve(self, dim: Atoms) -> Atoms:
         """The atoms of ``dim`` as they are known now: sorted columns without repetition, shape (k', n)."""

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.graph.constants import Constants
 from secateur.graph.labels import Atoms, Dim, Labels
-from secateur.graph.rules import Op, operator_name
+from secateur.graph.macs import Multiply
+from secateur.graph.rules import Op
 from secateur.graph.rules.base import Value, each
 from secateur.graph.types import Cost, Flags
 
@@ -27,15 +28,6 @@ class Tensors:
     shape: tuple[int, ...]
     kind: str  # "parameter", "buffer" or "constant" (held by the program, not by the model)
     itemsize: int
-
-
-@dataclass(frozen=True, eq=False)
-class Multiply:
-    """One operator's MACs: the product of the sizes of these dimensions."""
-
-    node: str
-    weight: str  # the parameter it multiplies with, "" where both factors are activations
-    factors: tuple[tuple[Dim, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,37 +98,6 @@ class Program:
             size += n * t.itemsize
         macs = sum(int(np.prod([kept(d, s) for d, s in m.factors], dtype=np.int64)) for m in self.multiplies)
         return Cost(params, weights, macs, size)
-
-
-def multiply(op: Op, names: Mapping[fx.Node, str]) -> list[Multiply]:
-    """The MACs of one operator: output size x length of the sum. Operators without products give none."""
-    name = operator_name(op.node.target)
-    value = op.values.get(op.node)
-    if not isinstance(op.node.meta.get("val"), torch.Tensor) or value is None:
-        return []
-    out = list(zip(op.of(op.node), op.out, strict=True))
-
-    def record(tensor: str, summed: list[tuple[Dim, int]], over: list[tuple[Dim, int]] = out) -> Multiply:
-        return Multiply(op.node.name, names.get(op.args[tensor], "") if tensor else "", (*over, *summed))
-
-    if name.startswith("conv") and "weight" in op.args:
-        w = list(zip(op.dims("weight"), op.sizes("weight"), strict=True))
-        if "transpose" in name:  # every input value meets out/groups x kernel weights
-            x = list(zip(op.dims("input"), op.sizes("input"), strict=True))
-            return [record("weight", w[1:], x)]
-        return [record("weight", w[1:])]
-    if name == "linear":
-        return [record("weight", [(op.dims("weight")[1], op.sizes("weight")[1])])]
-    if name in ("matmul", "bmm", "mm", "mv", "addmm", "baddbmm"):
-        right = next(n for n in ("other", "mat2", "vec", "batch2") if n in op.args)
-        left = next(n for n in ("mat1", "batch1", "self") if n in op.args)
-        tensor = left if op.args[left] in names else right
-        return [record(tensor, [(op.dims(left)[-1], op.sizes(left)[-1])])]
-    if name == "scaled_dot_product_attention":
-        q = list(zip(op.dims("query"), op.sizes("query"), strict=True))
-        tokens = (op.dims("key")[-2], op.sizes("key")[-2])
-        return [record("", [tokens], q), record("", [tokens])]
-    return []
 
 
 def outputs(node: fx.Node) -> list[fx.Node]:

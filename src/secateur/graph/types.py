@@ -30,6 +30,7 @@ class Axis:
 
     ``frozen`` is empty where units may be removed, otherwise the reason why not. ``exact`` says
     whether removing a unit equals zeroing it (false under a norm or mean over the units).
+    At least ``least`` units must stay.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Axis:
     frozen: str = ""
     exact: bool = True
     atoms: Units = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
+    least: int = 1
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,17 @@ def attention(op: Op) -> Value:
     unite(k[-2], v[-2], where)
     op.labels.freeze(q[-2], f"positions of the query in {where}")
     op.labels.freeze(k[-2], f"positions of the key: softmax runs over them in {where}")
+    op.labels.call(k[-3] if len(k) > 3 else None, "heads" if nq[-3] == nk[-3] else "kv heads")
+    op.labels.call(q[-1], "head width")
+    op.labels.call(v[-1], "value width")
     for d in range(len(q) - 2):
         unite(k[d], v[d], where)
         if nq[d] == nk[d]:
             unite(q[d], k[d], where)
         else:  # grouped queries: (kv heads, queries per kv head)
-            groups = op.labels.split(q[d], [nk[d], nq[d] // nk[d]], where)[0]
+            groups, queries = op.labels.split(q[d], [nk[d], nq[d] // nk[d]], where)
             unite(groups, k[d], where)
+            op.labels.call(queries, "queries per kv head")
     mask = op.args.get("attn_mask")
     if mask is not None:
         scores = [*q[:-2], q[-2], k[-2]]

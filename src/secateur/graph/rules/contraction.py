@@ -35,6 +35,7 @@ def _convolve(op: Op, out_dim: int) -> Value:
         xs = op.labels.split(x[channel], [groups, n_in // groups], op.where)
         ws = op.labels.split(w[0], [groups, n_w // groups], op.where)
         op.labels.unite(xs[0], ws[0], op.where)
+        op.labels.call(xs[0] if n_in > groups else None, "groups")
         if n_in > groups:
             op.labels.unite(xs[1], w[1], op.where)
         out = w[0]
@@ -156,6 +157,7 @@ def grouped_mm(op: Op) -> Value:
     x, w, offsets = (op.of(n) for n in op.tensors[:3])
     op.labels.unite(x[-1], w[-2], op.where)
     op.labels.unite(w[0], offsets[0], op.where)
+    op.labels.call(w[0], "experts")
     return [x[0], w[-1]]
 
 
@@ -179,6 +181,7 @@ def _rows(op: Op, rows: Dim, indices: Any) -> None:
     if indices in op.pointers:
         op.labels.unite(rows, op.pointers[indices], op.where)
     else:
+        op.labels.call(rows, "vocabulary")
         op.labels.freeze(rows, f"vocabulary: rows are looked up by index in {op.where}")
 
 

@@ -30,6 +30,12 @@ def _fixed(op: Op, node: Any, dim: Dim) -> torch.Tensor | None:
     return None if value is None or value.dtype == torch.bool else value.long() % dim.shape[1]
 
 
+def _whole(op: Op, positions: fx.Node) -> None:
+    """Fixed positions are renumbered, not sliced."""
+    for dim in op.of(positions):
+        op.labels.freeze(dim, f"holds positions for {op.where}")
+
+
 def _look_up(op: Op, dim: Dim, positions: fx.Node) -> None:
     """``dim`` is looked into at ``positions``: united with what they point into, or frozen."""
     if positions in op.pointers:
@@ -75,6 +81,7 @@ def _selected(op: Op, x: Dims, sizes: Sequence[int]) -> tuple[list[int], Dims]:
     if len(positions) == 1 and len(taken) == 1 and (fixed := _fixed(op, positions[0][1], x[taken[0]])) is not None:
         dim = x[taken[0]]
         assert dim is not None
+        _whole(op, positions[0][1])
         op.labels.mark_part(dim[:, fixed.flatten().numpy()])
         new = op.labels.split(dim[:, fixed.flatten().numpy()], tuple(fixed.shape), op.where)
     else:
@@ -135,6 +142,7 @@ def index_select(op: Op) -> Value:
     if fixed is not None:
         dim = x[d]
         assert dim is not None
+        _whole(op, node)
         x[d] = dim[:, fixed.numpy()]
         op.labels.mark_part(x[d])
     else:

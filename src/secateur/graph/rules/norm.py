@@ -40,7 +40,9 @@ def group_norm(op: Op) -> Value:
     """``group_norm``: channels are groups x members; every group keeps equally many members."""
     x, groups = op.dims("input"), int(op.args["num_groups"])
     members = op.sizes("input")[1] // groups
-    op.labels.mark_inexact(op.labels.split(x[1], [groups, members], op.where)[1])
+    by_group, within = op.labels.split(x[1], [groups, members], op.where)
+    op.labels.mark_inexact(within)
+    op.labels.call(by_group if members > 1 else None, "groups")
     for name in ("weight", "bias"):
         if op.args[name] is not None:
             op.labels.unite(x[1], op.dims(name)[0], op.where)
@@ -55,9 +57,11 @@ def rewrite_group_norm(op: Op, cut: Cut) -> dict[str, Any]:
 
 def softmax(op: Op) -> Value:
     """``softmax``, ``log_softmax``, ``cumprod``, …: every index of the dimension depends on the others."""
-    x = op.of(op.tensors[0])
+    x, d = op.of(op.tensors[0]), op.dim(of="self" if "self" in op.args else "input")
     if x:
-        op.labels.mark_inexact(x[op.dim()])
+        op.labels.mark_inexact(x[d])
+    if len(x) == 4 and d == 3:  # attention written out: (batch, heads, queries, keys)
+        op.labels.call(x[1], "heads")
     return x
 
 

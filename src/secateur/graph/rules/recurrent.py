@@ -55,6 +55,7 @@ def _layers(op: Op, features: Dim) -> tuple[Dim, Dim, Dim]:
     groups = per_layer(op)
     n = sizes_of(groups[0][0])[0] // gates
     hidden = _units(op, op.of(groups[0][0])[0], gates, n)
+    op.labels.call(hidden, "hidden")
     projections = [op.of(group[2 + biases]) for group in groups if len(group) > 2 + biases]
     state = projections[0][0] if projections else hidden
     for rows, units in projections:

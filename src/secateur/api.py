@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur import patterns
 from secateur.allocate import Strategy
+from secateur.apply.attributes import write_
 from secateur.apply.mask import mask
 from secateur.apply.resize import resize_
 from secateur.apply.shrink import Shrunk, carry_out
@@ -95,18 +96,12 @@ def prune(
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
     log = _Log(model, graph, chosen, done, task)
-    small = _recover(
-        done.model,
-        model,
-        log,
-        task,
-        chosen,
-        epochs,
-        {"lr": lr, "amp": amp, "patience": patience, "seed": seed},
-    )
+    options = {"lr": lr, "amp": amp, "patience": patience, "seed": seed}
+    small = _recover(done.model, model, log, task, chosen, epochs, options)
     report = log.report(small)
     if inplace:
         resize_(model, chosen.slices)
+        write_(model, done.attributes)
         model.load_state_dict(small.state_dict())
         small = model
     return Result(small, chosen, report, graph.inputs, done.form, source)

@@ -5,6 +5,8 @@ unstructured    single weights
 block:4x1       blocks of 4 outputs x 1 input
 channel         whole units, really removed
 channel/8       whole units, kept counts in multiples of 8
+layer           whole residual blocks, really removed
+channel+layer   both, under one budget; also channel/8+layer
 """
 
 from __future__ import annotations
@@ -60,7 +62,25 @@ class Channel:
         return "channel" if self.multiple == 1 else f"channel/{self.multiple}"
 
 
-Pattern = Unstructured | NM | Block | Channel
+@dataclass(frozen=True)
+class Layer:
+    """Residual blocks as a whole, such as the layers of a transformer."""
+
+    def __str__(self) -> str:
+        return "layer"
+
+
+@dataclass(frozen=True)
+class Both:
+    """Blocks, and units of what is left."""
+
+    channel: Channel = Channel()
+
+    def __str__(self) -> str:
+        return f"{self.channel}+layer"
+
+
+Pattern = Unstructured | NM | Block | Channel | Layer | Both
 
 
 def parse(text: str) -> Pattern:
@@ -70,6 +90,10 @@ def parse(text: str) -> Pattern:
     text = text.strip()
     if text == "unstructured":
         return Unstructured()
+    if text == "layer":
+        return Layer()
+    if text.endswith("+layer") and isinstance(units := parse(text.removesuffix("+layer")), Channel):
+        return Both(units)
     if text == "channel":
         return Channel()
     if found := re.fullmatch(r"channel/([1-9]\d*)", text):
@@ -80,7 +104,7 @@ def parse(text: str) -> Pattern:
         return Block(int(found[1]), int(found[2]))
     raise SpecError(
         f"pattern {text!r} is unknown; expected unstructured, N:M (N kept of M, such as 2:4), block:RxC (such as "
-        "block:4x1), channel, or channel/K (kept counts in multiples of K)"
+        "block:4x1), channel, channel/K (kept counts in multiples of K), layer, or channel+layer"
     )
 
 

@@ -33,7 +33,8 @@ class Plan:
     """Which units stay (True), of which tensors.
 
     A mask pattern fills ``masks`` (weight name -> bool, of the weight's shape). A channel pattern fills ``units``
-    (axis name -> bool per unit) and what follows from them, ``slices`` (tensor name -> dimension -> bool per index).
+    (axis name -> bool per unit) and what follows from them, ``slices`` (tensor name -> dimension -> bool per index). A
+    block that may go as a whole is a place of one unit in ``units``.
     ``shapes`` are the dense shapes of all tensors concerned; ``meta`` says how the plan was made, and
     ``declared`` what the user said about the model. ``graph`` is only held in memory, never saved.
     """
@@ -60,6 +61,16 @@ class Plan:
         for dim, flags in self.slices[name].items():
             keep &= flags.view([-1 if d == dim else 1 for d in range(len(shape))])
         return keep
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the blocks that go."""
+        return tuple(name for name, flags in self.units.items() if not bool(flags.any()))
+
+    @property
+    def cuts(self) -> dict[str, Mapping[int, Tensor]]:
+        """The slices of those tensors that stay: a tensor that goes with a block loses all indices of dimension 0."""
+        return {n: dims for n, dims in self.slices.items() if all(bool(flags.any()) for flags in dims.values())}
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -162,7 +173,7 @@ class Plan:
             blocks = isinstance(patterns.parse(self.pattern), patterns.Block)  # those are counted, not their weights
             if (n, size) != (kept[name], total[name]) and not blocks:
                 raise DataError(f"{path}: {name!r} keeps {n} of {size}, its allocation {kept[name]} of {total[name]}")
-            if n == 0 and name in self.units:
+            if n == 0 and name in self.units and not (size == 1 and "layer" in self.pattern):
                 raise DataError(f"{path}: {name!r} keeps no unit at all")
         for name, dims in self.slices.items():
             if min(dims, default=0) < 0:

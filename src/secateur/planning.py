@@ -21,7 +21,7 @@ from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph.graph import Graph
 from secateur.graph.types import Axis, Cost, Flags
 from secateur.names import Choice, chosen, matching
-from secateur.patterns import NM, Channel, Pattern
+from secateur.patterns import NM, Both, Channel, Layer, Pattern
 from secateur.plan import Plan
 from secateur.tasks import Task
 
@@ -58,20 +58,15 @@ def make(
         raise SpecError(
             f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
         )
+    if isinstance(shape, Layer | Both):
+        raise SpecError(f"pattern {pattern!r} removes blocks, which secateur.depth.make plans")
     strategy = resolve_strategy(allocate)
     ignored = chosen(ignore, [*graph.weights, *(a.name for a in graph.axes)], model, "ignore")
     fixed = dict(overrides or {})
     for glob, part in fixed.items():
         if not 0 <= part < 1:
             raise SpecError(f"override {glob!r} removes {part}; expected a part from 0 up to 1")
-    meta: dict[str, str | int] = {
-        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
-        "allocate": allocate if isinstance(allocate, str) else getattr(allocate, "__name__", "custom"),
-        "seed": seed,
-        "secateur": metadata.version("secateur"),
-        "torch": torch.__version__,
-    }
-    described = (pattern, str(wish) if wish is not None else "", meta)
+    described = describe(pattern, wish, criterion, allocate, seed)
     if isinstance(shape, Channel):
         if wish is None:
             raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
@@ -88,6 +83,21 @@ def make(
 
 
 Described = tuple[str, str, dict[str, str | int]]
+"""Pattern, budget, and how the plan was made, as a plan notes them."""
+
+
+def describe(
+    pattern: str, wish: Budget | None, criterion: str | Criterion, allocate: str | Strategy, seed: int
+) -> Described:
+    """What a plan says of itself."""
+    meta: dict[str, str | int] = {
+        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
+        "allocate": allocate if isinstance(allocate, str) else getattr(allocate, "__name__", "custom"),
+        "seed": seed,
+        "secateur": metadata.version("secateur"),
+        "torch": torch.__version__,
+    }
+    return pattern, str(wish) if wish is not None else "", meta
 
 
 # --- masks -----------------------------------------------------------------------------------------
@@ -109,7 +119,7 @@ def _masks(
         _require_nm(pattern, wish)
         masks = {n: patterns.nm_mask(pattern, s, weights[n]) for n, s in scores.items()}
         kept = {n: int(m.sum()) for n, m in masks.items()}
-        return _plan(graph, described, Allocation(kept, {n: weights[n].numel for n in masks}), masks=masks)
+        return assemble(graph, described, Allocation(kept, {n: weights[n].numel for n in masks}), masks=masks)
     if wish is None:
         raise SpecError(f"pattern {pattern} needs a budget, such as sparsity=90%")
     units = {n: patterns.pool(pattern, scores.pop(n), weights[n]) for n in list(scores)}
@@ -119,7 +129,7 @@ def _masks(
     else:
         kept = _allocate_masks(graph, pattern, wish, units, total, strategy, overrides)
     masks = {n: patterns.spread(pattern, best(u, kept[n]), weights[n]) for n, u in units.items()}
-    return _plan(graph, described, Allocation(kept, total), masks=masks)
+    return assemble(graph, described, Allocation(kept, total), masks=masks)
 
 
 def _allocate_masks(
@@ -154,7 +164,7 @@ def _allocate_masks(
             f"{wish} cannot be met by pattern {pattern}: zeros in dense tensors take the same bytes and the same time, "
             f"so the nearest possible is {wish.kind}=100%; use pattern='channel', or a sparsity budget"
         )
-    limit = _limit(wish, everything)
+    limit = limit_of(wish, everything)
     fixed = _fixed(overrides, total)
 
     def shaped(counts: Counts) -> dict[str, int]:
@@ -167,7 +177,7 @@ def _allocate_masks(
             return exact
     found = climb(ladder, shaped, lambda counts: cost(counts) <= limit)
     if found is None:
-        raise _unmet(wish, cost(shaped(ladder.kept(ladder.rungs))), everything)
+        raise unmet(wish, cost(shaped(ladder.kept(ladder.rungs))), everything)
     return found
 
 
@@ -215,17 +225,17 @@ def _channels(
     if wish.kind == "threshold":
         kept = shaped({n: int((s >= float(wish.value)).sum()) for n, s in pooled.items()})
     else:
-        measure = _measure_of(wish)
+        measure = measure_of(wish)
         everything = measure(graph.cost())
-        limit = _limit(wish, everything)
+        limit = limit_of(wish, everything)
         ladder = strategy(pooled, relative=True)
         found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
         if found is None:
             smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
-            raise _unmet(wish, smallest, everything)
+            raise unmet(wish, smallest, everything)
         best_gone = {n: s[order[n]] / s.mean() for n, s in pooled.items() if n not in fixed}
         kept = _give_back(found, best_gone, pattern.multiple, lambda c: measure(graph.cost(flags(c))) <= limit)
-    return _plan(graph, described, Allocation(kept, total), keep=flags(kept))
+    return assemble(graph, described, Allocation(kept, total), keep=flags(kept))
 
 
 def _give_back(
@@ -280,7 +290,8 @@ def _rounded(count: int, total: int, multiple: int) -> int:
     return min(total, -(-count // multiple) * multiple)
 
 
-def _measure_of(wish: Budget) -> Callable[[Cost], int]:
+def measure_of(wish: Budget) -> Callable[[Cost], int]:
+    """What of a cost the budget is about. Raises PlanError for a kind that takes measuring."""
     kinds: dict[str, Callable[[Cost], int]] = {
         "sparsity": lambda c: c.weights,
         "params": lambda c: c.params,
@@ -295,7 +306,8 @@ def _measure_of(wish: Budget) -> Callable[[Cost], int]:
 # --- both ------------------------------------------------------------------------------------------
 
 
-def _limit(wish: Budget, everything: float) -> float:
+def limit_of(wish: Budget, everything: float) -> float:
+    """What may remain of the whole."""
     if wish.kind == "sparsity":
         return kept_count(wish.value, int(everything))
     return wish.limit(everything)
@@ -310,7 +322,8 @@ def _fixed(overrides: Mapping[str, float], total: Mapping[str, int]) -> dict[str
     return fixed
 
 
-def _unmet(wish: Budget, least: float, everything: float) -> BudgetError:
+def unmet(wish: Budget, least: float, everything: float) -> BudgetError:
+    """The error for a budget that cannot be met, where ``least`` of the whole must remain."""
     part = least / everything if everything else 1.0
     nearest = f"sparsity={1 - part:.2%}" if wish.kind == "sparsity" else f"{wish.kind}={part:.2%} ({least:,.0f})"
     return BudgetError(
@@ -320,13 +333,14 @@ def _unmet(wish: Budget, least: float, everything: float) -> BudgetError:
     )
 
 
-def _plan(
+def assemble(
     graph: Graph,
     described: Described,
     allocation: Allocation,
     masks: Mapping[str, Tensor] | None = None,
     keep: Mapping[str, Flags] | None = None,
 ) -> Plan:
+    """The plan that masks say, or flags of axes and blocks."""
     pattern, budget, meta = described
     slices = {
         tensor: {d: torch.from_numpy(flags) for d, flags in dims.items()}

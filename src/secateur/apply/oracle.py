@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.graph.aliases import written
 from secateur.graph.labels import Dim
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, operator_name
@@ -40,7 +41,7 @@ class _Walker(fx.Interpreter):
         self.program, self.alive = program, alive
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.cut = Cut(program.engine, alive, self._constant, lambda size, new, old: size)
-        self.written = _written(program.module.graph)
+        self.written = written(program.module.graph)
         self.kept: dict[int, Tensor | None] = {}
 
     def _constant(self, value: Tensor) -> Any:
@@ -119,21 +120,3 @@ class _Walker(fx.Interpreter):
                 full[d] = shape[d]
                 value = value.new_zeros(full).index_copy(d, staying, value)
         return value
-
-
-def _written(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that share memory with something an operator writes into: zeroing a copy of them would lose the write."""
-    base: dict[fx.Node, fx.Node] = {}
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        base[node] = node
-        if not isinstance(node.target, torch._ops.OpOverload):
-            if node.all_input_nodes and str(node.target).endswith("getitem>"):
-                base[node] = base[node.all_input_nodes[0]]
-            continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and isinstance(value, fx.Node):
-                base[node] = base[value]
-                if argument.alias_info.is_write:
-                    written.add(base[value])
-    return {node for node, root in base.items() if root in written}

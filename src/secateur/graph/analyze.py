@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from secateur.errors import TraceError
+from secateur.graph.aliases import written
 from secateur.graph.axes import gather
 from secateur.graph.constants import Constants
 from secateur.graph.declared import freed, tie
@@ -23,6 +24,7 @@ from secateur.graph.rules.base import Value, each
 from secateur.graph.rules.index import CARRIES, reads_positions
 from secateur.graph.trace import capture, source_line
 from secateur.graph.types import Declared, Weight
+from secateur.graph.zeros import vanishes
 
 
 def analyze(
@@ -80,6 +82,8 @@ class _Walk:
         self.pointers: dict[Any, Dim] = {}  # node, or (node, output) -> the dimension that its values are positions in
         self.inexact: set[fx.Node] = set()
         self.constants = Constants(self.module)
+        self.vanishing: set[fx.Node] = set()
+        self.written = written(self.module.graph)
         self.aliases, self.kinds = _canonical_names(self.model)
 
     def program(self) -> Program:
@@ -122,6 +126,7 @@ class _Walk:
             self.tensors[name] = Tensors(name, dims, tuple(value.shape), kind, value.element_size())
         self.values[node] = list(self.tensors[name].dims)
         if self.tensors[name].kind == "parameter":
+            self.vanishing.add(node)
             self.reads[node] = Read(name, tuple(range(value.dim())))
 
     def _call(self, node: fx.Node) -> None:
@@ -131,6 +136,8 @@ class _Walk:
             self.values[node] = several[index] if isinstance(several, tuple) else None  # type: ignore[index]
             if source in self.reads and operator_name(source.target) not in ("unbind", "max", "min"):  # type: ignore[union-attr]
                 self.reads[node] = self.reads[source]  # type: ignore[index]
+            if source in self.vanishing:
+                self.vanishing.add(node)
             if (source, index) in self.pointers:
                 self.pointers[node] = self.pointers[source, index]
             return
@@ -138,7 +145,16 @@ class _Walk:
         if not isinstance(value, (torch.Tensor, list, tuple)):
             self.values[node] = None  # sizes and assertions
             return
-        op = Op(node, self.labels, self.values, source_line(node), self.pointers, self.constants.value)
+        op = Op(
+            node,
+            self.labels,
+            self.values,
+            source_line(node),
+            self.pointers,
+            self.constants.value,
+            self.vanishing,
+            self.written,
+        )
         rule = RULES.get(operator_name(node.target))
         if rule is not None and all(n.meta.get("val") is not None for n in op.tensors):
             self._follow(op)
@@ -146,6 +162,8 @@ class _Walk:
             self.values[node] = rule(op)
             if len(self.labels.inexact) > known:
                 self.inexact.add(node)
+            if vanishes(op, self.vanishing):
+                self.vanishing.add(node)
             self._count(op)
             return
         self.values[node] = None

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from secateur.graph import naming
 from secateur.graph.labels import Atoms
 from secateur.graph.program import Program
+from secateur.graph.rules.base import each
 from secateur.graph.rules.contraction import KERNEL
-from secateur.graph.types import Axis, Member, Weight
+from secateur.graph.types import Axis, Flags, Member, Weight
 
 Slot = tuple[str, int, Atoms]  # tensor, dimension, resolved atoms
 
@@ -125,8 +126,24 @@ def _frozen(program: Program, slots: list[Slot]) -> tuple[list[str], NDArray[np.
     for name, d, atoms in slots:
         everywhere = (atoms[:, None] == atoms[None, :, :1]).any(0).all(1)  # rows of the first column, in all columns
         mark(atoms[everywhere, 0], f"removing it would leave dimension {d} of {name} empty")
+    seen = np.zeros(program.labels, np.int64)
+    for _, _, atoms in slots:
+        seen[np.unique(atoms)] += 1
+    if (seen[1:] == 1).any():
+        mark(np.flatnonzero((seen == 1) & ~_computed_with(program)), "nothing reads it on the example inputs")
     reason[0] = 0
     return reasons, reason
+
+
+def _computed_with(program: Program) -> Flags:
+    """Atoms that show up in what operators compute; without it, a part of a table that the example does not reach."""
+    found: Flags = np.zeros(program.labels, bool)
+    for node, value in program.values.items():
+        if node.op == "call_function":
+            for dim in (dim for dims in each(value) for dim in dims):
+                if (atoms := program.atoms(dim)) is not None:
+                    found[atoms] = True
+    return found
 
 
 def _signatures(program: Program, slots: list[Slot]) -> NDArray[np.uint64]:

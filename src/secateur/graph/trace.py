@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.errors import TraceError
+from secateur.graph.failure import place, require_capturable
 from secateur.graph.inline import inline_
+from secateur.graph.shuffle import fuse_shuffles_
 from secateur.graph.types import example_args
 from secateur.tasks import call, mode
 
@@ -34,29 +37,40 @@ def run(model: nn.Module, inputs: Any) -> Any:
 def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.GraphModule:
     """The model as an ``fx.GraphModule`` of ATen operators with parameters under their own names.
 
-    With ``dynamic_batch`` dimension 0 of the inputs is left symbolic where the model allows it.
-    Raises TraceError where the model cannot be captured, or fails on its own inputs.
+    With ``dynamic_batch`` dimension 0 of the inputs, and every dimension of token indices, is left symbolic where the
+    model allows it. Raises TraceError where the model cannot be captured, or fails on its own inputs.
     """
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"expected a torch.nn.Module, found {type(model).__name__}; pass the model itself")
-    args, kwargs = example_args(_at_least_two(inputs) if dynamic_batch else inputs)
-    shapes = _batch_shapes(model, args, kwargs) if dynamic_batch else None
-    with mode(model, training=False), torch.no_grad(), _plain_attention(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    require_capturable(model, inputs)
+    if not dynamic_batch:
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return _export(model, inputs, None)
         except Exception as error:
-            if shapes is not None:  # some models only hold for the example's batch size
-                return capture(model, inputs)
             run(model, inputs)  # a model that fails by itself is named as such
             raise TraceError(
-                f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}: "
-                f"{type(error).__name__}: {first_line(error)}; usual remedies: use_cache=False, no control flow "
-                "that depends on tensor values, plain tensors as inputs and outputs"
+                f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}"
+                f"{place(error, model)}: {type(error).__name__}: {first_line(error)}; usual remedies: use_cache=False, "
+                "no control flow or sizes that depend on tensor values, plain tensors as inputs and outputs; or prune "
+                "the parts of the model that can be captured, one by one"
             ) from error
+    wide = _at_least_two(inputs)
+    for tokens in (True, False):  # some models only hold for the example's length, or its batch size
+        with contextlib.suppress(Exception):
+            return _export(model, wide, tokens)
+    return capture(model, inputs)
+
+
+def _export(model: nn.Module, inputs: Any, tokens: bool | None) -> fx.GraphModule:
+    """The captured program, with sizes left open unless ``tokens`` is None."""
+    args, kwargs = example_args(inputs)
+    shapes = None if tokens is None else _open_shapes(model, args, kwargs, tokens)
+    with mode(model, training=False), torch.no_grad(), _plain_attention(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     inline_(module)
+    fuse_shuffles_(module.graph)
+    module.recompile()
     return module
 
 
@@ -71,12 +85,17 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was)
 
 
-def _batch_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Dimension 0 of every input tensor left open, except where it is 1: that one is broadcast, or no batch."""
+def _open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: bool) -> Any:
+    """Dimension 0 of every input tensor left open, except where it is 1: that one is broadcast, or no batch.
+
+    With ``tokens`` all dimensions of whole numbers are, so that a text may have another length.
+    """
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     for value in torch.utils._pytree.tree_leaves((args, kwargs)):
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] > 1:
-            shapes[value] = {0: torch.export.Dim.AUTO}
+        if isinstance(value, Tensor):
+            every = tokens and not value.is_floating_point()
+            sizes = {d: torch.export.Dim.AUTO for d, n in enumerate(value.shape) if n > 1 and (every or d == 0)}
+            shapes[value] = sizes or None
     return shapes.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
 
 

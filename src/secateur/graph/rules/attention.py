@@ -15,6 +15,8 @@ def attention(op: Op) -> Value:
     unite, where = op.labels.unite, op.where
     unite(q[-1], k[-1], where)
     unite(k[-2], v[-2], where)
+    if op.vanishing.isdisjoint((op.args["query"], op.args["key"])):
+        op.labels.mark_inexact(q[-1])
     op.labels.freeze(q[-2], f"positions of the query in {where}")
     op.labels.freeze(k[-2], f"positions of the key: softmax runs over them in {where}")
     op.labels.call(k[-3] if len(k) > 3 else None, "heads" if nq[-3] == nk[-3] else "kv heads")

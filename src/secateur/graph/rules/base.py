@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
@@ -67,6 +67,8 @@ class Op:
     where: str
     pointers: MutableMapping[Any, Dim] = field(default_factory=dict)  # nodes whose values are positions in a dimension
     constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None  # the value of a node, where it is fixed
+    vanishing: Set[fx.Node] = frozenset()  # nodes that are zero wherever the weights of a unit are
+    written: Set[fx.Node] = frozenset()  # nodes whose memory is written into
 
     @functools.cached_property
     def args(self) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import fx
 
 from secateur.graph.labels import Dim
 from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value, sizes_of
@@ -81,10 +84,17 @@ def _product(op: Op, x: Dims, y: Dims, nx: tuple[int, ...], ny: tuple[int, ...])
     return [*batch, x[-2], y[-1]]
 
 
+def _summed(op: Op, dim: Dim, factors: Sequence[fx.Node]) -> None:
+    """A sum of products is exact where units that go are zero in either factor; otherwise removing is not zeroing."""
+    if op.vanishing.isdisjoint(factors):
+        op.labels.mark_inexact(dim)
+
+
 def matmul(op: Op) -> Value:
     """``matmul``, ``bmm``, ``mm``, ``mv``: the last dimension of one meets the last but one of the other."""
     names = [n for n in ("self", "other", "mat2", "vec") if n in op.args]
     x, y = names
+    _summed(op, op.dims(x)[-1], [op.args[x], op.args[y]])
     return _product(op, op.dims(x), op.dims(y), op.sizes(x), op.sizes(y))
 
 
@@ -122,6 +132,9 @@ def einsum(op: Op) -> Value:
                 op.labels.unite(found[letter], dim, op.where)
             if n > 1:
                 found[letter] = dim if found.get(letter) is None else found[letter]
+    for letter in found.keys() - set(out):
+        with_it = [n for n, letters in zip(op.args["tensors"], operands, strict=True) if letter in letters]
+        _summed(op, found[letter], with_it)
     return [found.get(letter) for letter in out]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from secateur.graph.labels import concatenate
 from secateur.graph.rules.base import TARGET, Cut, Dims, Op, Rewrite, Rule, Value, operator_name, size, sizes_of
@@ -59,6 +60,8 @@ def rewrite_split(op: Op, cut: Cut) -> dict[str, Any]:
         return {}
     edges = np.cumsum([0, *_part_sizes(op)])
     kept = cut.kept(dim, int(edges[-1]))
+    if len(kept) == edges[-1]:
+        return {}
     counts = [int(((kept >= start) & (kept < end)).sum()) for start, end in pairwise(edges)]
     return {
         TARGET: torch.ops.aten.split_with_sizes.default,
@@ -96,6 +99,8 @@ def slice_(op: Op) -> Value:
     dim = x[d]
     if dim is not None:
         taken = dim[:, _range(op)]
+        if op.node in op.written and _range(op).step not in (None, 1):
+            op.labels.freeze(dim, f"written in steps in {op.where}")
         if taken.shape[1] < dim.shape[1]:
             op.labels.mark_part(taken)
         x[d] = taken if taken.shape[1] > 1 else None
@@ -106,9 +111,14 @@ def slice_(op: Op) -> Value:
 
 def _range(op: Op) -> slice:
     if operator_name(op.node.target) == "narrow":
-        start = int(op.args["start"])
-        return slice(start, start + int(op.args["length"]))
-    return slice(op.args["start"], op.args["end"], op.args["step"])
+        start = _number(op.args["start"])
+        return slice(start, start + _number(op.args["length"]))
+    return slice(*(None if op.args[n] is None else _number(op.args[n]) for n in ("start", "end", "step")))
+
+
+def _number(value: Any) -> int:
+    """A size argument: a number, or a node that holds one."""
+    return size(value.meta["val"] if isinstance(value, fx.Node) else value)
 
 
 def rewrite_slice(op: Op, cut: Cut) -> dict[str, Any]:
@@ -118,6 +128,8 @@ def rewrite_slice(op: Op, cut: Cut) -> dict[str, Any]:
     if dim is None:
         return {}
     kept = cut.kept(dim, n)
+    if len(kept) == n:
+        return {}
     wanted = np.arange(n)[_range(op)]
     at = np.flatnonzero(np.isin(kept, wanted))
     step = int(at[1] - at[0]) if len(at) > 1 else 1

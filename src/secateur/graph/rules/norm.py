@@ -14,6 +14,9 @@ def _first(op: Op) -> Any:
 def batch_norm(op: Op) -> Value:
     """``batch_norm``, ``instance_norm``: statistics per channel (dimension 1), so zeroing stays exact."""
     x = op.of(_first(op))
+    if op.args.get("running_mean") is None or op.args.get("training") or op.args.get("use_input_stats"):
+        for dim in (x[0], *x[2:]):  # statistics of the batch, or of weights that are standardized
+            op.labels.mark_inexact(dim)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if op.args.get(name) is not None:
             op.labels.unite(x[1], op.dims(name)[0], op.where)
@@ -69,9 +72,8 @@ def weight_norm(op: Op) -> Value:
     """``_weight_norm``: v / |v| * g, a norm per index of one dimension (Salimans and Kingma 2016)."""
     v, g, d = op.dims("v"), op.dims("g"), op.dim(of="v")
     op.labels.unite(v[d], g[d] if len(g) > 1 else g[0], op.where)
-    for k, dim in enumerate(v):
-        if k != d:
-            op.labels.mark_inexact(dim)
+    for dim in v:
+        op.labels.mark_inexact(dim)
     return v if operator_name(op.node.target) == "_weight_norm" else (v, g)
 
 

@@ -15,7 +15,7 @@ from secateur.apply.shrink import TOLERANCE, carry_out
 from secateur.errors import TraceError
 from secateur.graph import analyze
 from secateur.planning import make
-from secateur.tasks import call
+from secateur.tasks import call, clone
 
 for topic in "attention convolutions forms joins layouts mixing norms program recurrent".split():  # noqa: SIM905
     importlib.import_module(f"structures.{topic}")
@@ -24,6 +24,7 @@ CASES.sort(key=lambda c: c.id)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),  # torch's own, on copying a program
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # reentrant checkpoints in evaluation
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile
 ]
 
 
@@ -33,7 +34,7 @@ class Carried:
     def __init__(self, case):
         torch.manual_seed(0)
         self.case = case
-        self.model = enliven_(case.build()).eval()
+        self.model = in_mode(enliven_(case.build()), training=False)
         self.inputs = case.inputs(2)
         self.graph = analyze(self.model, self.inputs)
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -63,14 +64,24 @@ def carried(request):
     return Carried(request.param)
 
 
+def in_mode(model, training):
+    """What ``train()`` and ``eval()`` do, for exported programs too, which refuse both."""
+    for module in model.modules():
+        module.training = training
+    return model
+
+
 def zeroed(model, plan):
-    """The dense network with zeros in place of all that is gone. Knows nothing of the engine but the plan's indices."""
-    model = copy.deepcopy(model)
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """The dense network with zeros in place of all parameters that are gone.
+
+    Knows nothing of the engine but the plan's indices.
+    """
+    model = clone(model)
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, dims in plan.slices.items():
-            for dim, keep in dims.items():
-                tensors[name].index_fill_(dim, (~keep).nonzero()[:, 0], 0)
+            for dim, keep in dims.items() if name in parameters else ():
+                parameters[name].index_fill_(dim, (~keep).nonzero()[:, 0], 0)
     return model
 
 
@@ -115,7 +126,7 @@ def test_other_inputs_of_other_batch_sizes(carried):
 
 
 def test_the_result_trains(carried):
-    dense, small = copy.deepcopy(carried.model).train(), copy.deepcopy(carried.done.model).train()
+    dense, small = (in_mode(clone(m), training=True) for m in (carried.model, carried.done.model))
     for model in (dense, small):
         loss(call(model, carried.inputs), model)
     trained = {n for n, p in dense.named_parameters() if p.grad is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple, Protocol
@@ -111,10 +111,32 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy. Torch's own warning about copying captured programs (2.13) is kept from the user."""
+    """A deep copy. Torch's own warning about copying captured programs (2.13) is kept from the user.
+
+    What modules keep of their last computation (``weight`` under weight_norm's hooks) is copied by value.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    computed = {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, computed)
+
+
+SEVERAL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+"""Wrappers that run a model on several devices."""
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model inside what only runs it: ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``."""
+    while True:
+        if type(model).__name__ == "OptimizedModule":
+            inner = model._orig_mod
+        elif isinstance(model, SEVERAL):
+            inner = model.module
+        else:
+            return model
+        assert isinstance(inner, nn.Module)
+        model = inner
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -138,10 +160,14 @@ def batches(task: Task, split: str, model: nn.Module) -> Iterator[tuple[Any, Any
 
 @contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set training or evaluation mode, and give every module its own mode back at the end."""
+    """Set training or evaluation mode, and give every module its own mode back at the end.
+
+    An exported program refuses, and keeps the mode that it was captured in.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
+        with suppress(NotImplementedError):
+            model.train(training)
         yield
     finally:
         for module, was in modes:

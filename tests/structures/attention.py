@@ -294,7 +294,7 @@ def transformer_encoder():
     return nn.Sequential(nn.Embedding(20, 8), encoder, nn.Linear(8, 3))
 
 
-@case(29, free=[8, 8, 6, 2, 4, 2, 4, 12], inputs=lambda n: (ids()(n), torch.randn(n, 4, 5)))
+@case(29, free=[8, 6, 2, 4, 2, 4, 12], inputs=lambda n: (ids()(n), torch.randn(n, 4, 5)))
 def transformer_decoder_layer():
     def body(s, words, memory):
         return s.head(s.layer(s.emb(words), s.up(F.relu(s.low(memory)))))

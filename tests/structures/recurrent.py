@@ -142,7 +142,7 @@ def recurrent_both_ways(kind):
     return Net(body, layer=LAYERS[kind](6, 10, bidirectional=True, batch_first=True), head=nn.Linear(20, 3))
 
 
-@case(37, free=[10], inputs=lambda n: torch.randn(5, n, 6), batches=())
+@case(37, free=[10], inputs=lambda n: torch.randn(5, n, 6))
 def last_states_of_both_ways():
     def body(s, x):
         _, (h, _) = s.layer(x)
@@ -151,22 +151,33 @@ def last_states_of_both_ways():
     return Net(body, layer=nn.LSTM(6, 10, bidirectional=True), head=nn.Linear(20, 3))
 
 
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+
+
 @case(37, "lstm", free=[10], inputs=tokens(6))
 @case(37, "gru", free=[10], inputs=tokens(6))
 @case(37, "rnn", free=[10], inputs=tokens(6))
 def loop_over_a_cell(kind):
     def body(s, x):
-        h = x.new_zeros(x.shape[0], 10)
-        c = x.new_zeros(x.shape[0], 10)
+        state = None
         for step in x.unbind(1):
-            if kind == "lstm":
-                h, c = s.cell(step, (h, c))
-            else:
-                h = s.cell(step, h)
-        return s.head(h)
+            state = s.cell(step, state)
+        return s.head(state[0] if kind == "lstm" else state)
 
-    cells = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
-    return Net(body, cell=cells[kind](6, 10), head=nn.Linear(10, 3))
+    return Net(body, cell=CELLS[kind](6, 10), head=nn.Linear(10, 3))
+
+
+@case(37, "lstm", free=[10], inputs=tokens(6))
+@case(37, "gru", free=[10], inputs=tokens(6))
+def cell_from_zeros_of_a_fixed_size(kind):
+    def body(s, x):
+        h = x.new_zeros(x.shape[0], 10)
+        state = (h, h) if kind == "lstm" else h
+        for step in x.unbind(1):
+            state = s.cell(step, state)
+        return s.head(state[0] if kind == "lstm" else state)
+
+    return Net(body, cell=CELLS[kind](6, 10), head=nn.Linear(10, 3))
 
 
 @case(37, free=[10, 4], inputs=tokens(6), budget="params=75%")

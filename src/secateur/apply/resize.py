@@ -91,6 +91,26 @@ def _prelu(m: nn.Module, changed: dict[str, Keep]) -> None:
     m.num_parameters = len(m.weight)
 
 
+def _recurrent(m: nn.Module, changed: dict[str, Keep]) -> None:
+    """``_flat_weights`` is what a recurrent layer really computes with."""
+    assert isinstance(m, nn.RNNBase)
+    m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
+    state = m.weight_hh_l0.shape[1]
+    m.input_size = m.weight_ih_l0.shape[1]
+    m.hidden_size = m.weight_hr_l0.shape[1] if m.proj_size else state
+    m.proj_size = state if m.proj_size else 0
+
+
+def _cell(m: nn.Module, changed: dict[str, Keep]) -> None:
+    assert isinstance(m, nn.modules.rnn.RNNCellBase)
+    m.input_size, m.hidden_size = m.weight_ih.shape[1], m.weight_hh.shape[1]
+
+
+def _bilinear(m: nn.Module, changed: dict[str, Keep]) -> None:
+    assert isinstance(m, nn.Bilinear)
+    m.out_features, m.in1_features, m.in2_features = m.weight.shape
+
+
 _REFIT: tuple[
     tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module, dict[str, Keep]], None]], ...
 ] = (
@@ -101,4 +121,7 @@ _REFIT: tuple[
     (nn.GroupNorm, _group_norm),
     ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.modules.rnn.RNNCellBase, _cell),
+    (nn.Bilinear, _bilinear),
 )

@@ -10,20 +10,26 @@ from __future__ import annotations
 
 from secateur.graph.rules import (
     attention,
+    cell,
     contraction,
+    gate,
     generate,
     index,
     join,
     norm,
     pointwise,
     pool,
+    quantize,
     recurrent,
     reduce,
     shape,
 )
 from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, operator_name
 
-_FAMILIES = (pointwise, contraction, norm, pool, reduce, shape, join, attention, generate, index, recurrent)
+_FAMILIES = (
+    pointwise, contraction, norm, pool, reduce, shape, join, attention, generate, index, recurrent, cell, gate,
+    quantize,
+)  # fmt: skip
 
 RULES: dict[str, Rule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}
 REWRITES: dict[str, Rewrite] = {name: rw for family in _FAMILIES for name, rw in family.REWRITES.items()}

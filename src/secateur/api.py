@@ -14,10 +14,8 @@ from torch import nn
 
 from secateur import patterns
 from secateur.allocate import Strategy
-from secateur.apply.attributes import write_
 from secateur.apply.mask import mask
-from secateur.apply.resize import resize_
-from secateur.apply.shrink import Shrunk, carry_out
+from secateur.apply.shrink import Shrunk, become_, carry_out
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion
@@ -33,7 +31,7 @@ from secateur.recover import recalibrate_, recover
 from secateur.report import Frozen, Layer, Report, Row
 from secateur.store import Result
 from secateur.targets.onnx import export_onnx
-from secateur.tasks import Interval, Scores, Task, batches, evaluate, paired_difference, proportion
+from secateur.tasks import Interval, Scores, Task, batches, evaluate, paired_difference, plain, proportion
 
 SECONDS = 2.0
 """How long a pair of models is timed."""
@@ -80,7 +78,8 @@ def prune(
     ignore: weights and axes to leave alone: globs, modules, or functions of their names.
     overrides: glob -> part to remove there.
     minimum: units that every axis keeps at least, a count or a part; or glob -> such.
-    inplace: change ``model`` itself, at the very end, after everything else has succeeded.
+    inplace: change ``model`` itself, at the very end, after everything else has succeeded. Without it a model that is
+        compiled or wrapped for several devices gives a plain one.
     verify: hold a shrunk model to the law that removing is zeroing, on the example inputs.
     source: where the model comes from, noted for ``save``.
 
@@ -88,6 +87,7 @@ def prune(
     """
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
+    given, model = model, plain(model)
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
     limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}
@@ -100,10 +100,8 @@ def prune(
     small = _recover(done.model, model, log, task, chosen, epochs, options)
     report = log.report(small)
     if inplace:
-        resize_(model, chosen.slices)
-        write_(model, done.attributes)
-        model.load_state_dict(small.state_dict())
-        small = model
+        become_(given, chosen, small, done.attributes)
+        small = given
     return Result(small, chosen, report, graph.inputs, done.form, source)
 
 

@@ -23,7 +23,7 @@ from secateur.graph.types import Axis, Cost, Flags
 from secateur.names import Choice, chosen, matching
 from secateur.patterns import NM, Both, Channel, Layer, Pattern
 from secateur.plan import Plan
-from secateur.tasks import Task
+from secateur.tasks import Task, plain
 
 Least = int | float
 """Units that stay at least: a count (int), or a part of the axis (float)."""
@@ -53,6 +53,7 @@ def make(
     Raises SpecError for notation and names that cannot be read, BudgetError, with the nearest possible value, for a
     budget that cannot be met, DataError for weights or scores that are not finite.
     """
+    model = plain(model)
     shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
     if wish is not None and wish.kind == "max_drop":
         raise SpecError(

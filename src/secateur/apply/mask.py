@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.plan import Plan
-from secateur.tasks import clone
+from secateur.tasks import clone, plain
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -22,15 +22,17 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises PlanError where the plan is not for this model.
     """
+    model = plain(model)
     plan.check_fits(model)
     return mask_(clone(model), plan)
 
 
 def mask_(model: nn.Module, plan: Plan) -> nn.Module:
     """``mask`` in place: the same parameters, with zeros. Ties stay tied. Nothing changes where PlanError is raised."""
-    plan.check_fits(model)
+    inner = plain(model)
+    plan.check_fits(inner)
     with torch.no_grad():
-        for tensor, gone in _removed(model, plan):
+        for tensor, gone in _removed(inner, plan):
             tensor.masked_fill_(gone, 0)
     return model
 
@@ -47,16 +49,17 @@ def keep_zeros(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer) -
     where a parameter is replaced by another one.
     """
     mask_(model, plan)
-    removed = _removed(model, plan)
+    inner = plain(model)
+    removed = _removed(inner, plan)
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if removed and not any(id(tensor) in owned for tensor, _ in removed):
         raise PlanError(
             "the optimizer trains none of the parameters that the plan masks; make it from this model's parameters"
         )
-    expected = {name: id(_named(model)[name]) for name in plan.tensors}
+    expected = {name: id(_named(inner)[name]) for name in plan.tensors}
 
     def wipe(*_: Any) -> None:
-        named = _named(model)
+        named = _named(inner)
         for name, identity in expected.items():
             if id(named.get(name)) != identity:
                 raise PlanError(

@@ -15,7 +15,7 @@ from secateur.apply.shrink import TOLERANCE, carry_out
 from secateur.errors import TraceError
 from secateur.graph import analyze
 from secateur.planning import make
-from secateur.tasks import call, clone
+from secateur.tasks import call, clone, plain
 
 for topic in "attention convolutions forms joins layouts mixing norms program recurrent".split():  # noqa: SIM905
     importlib.import_module(f"structures.{topic}")
@@ -37,6 +37,7 @@ class Carried:
         self.model = in_mode(enliven_(case.build()), training=False)
         self.inputs = case.inputs(2)
         self.graph = analyze(self.model, self.inputs)
+        self.model = plain(self.model)  # the result is a plain model, out of what only ran it
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self._plan = self._done = None
 

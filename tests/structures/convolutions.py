@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 import nets
 from nets import Net, conv, tail
-from structures import case, maps
+from structures import case, maps, vectors
 
 case(1, free=[8, 12])(nets.plain)
 case(1, free=[8], inputs=lambda n: torch.randn(n, 3, 12), frozen="model output 0")(nets.plain_1d)
 case(1, free=[8], inputs=lambda n: torch.randn(n, 2, 5, 5, 5), frozen="model output 0")(nets.plain_3d)
+case(1, free=[16], inputs=vectors())(nets.dropout_and_norm)
 
 
 @case(1, free=[8, 12])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+import torch.ao.nn.quantized as quantized
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,9 +46,50 @@ def activations_fake_quantized():
     return Net(body, a=conv(3, 8), b=conv(8, 12), tail=tail(12))
 
 
-@case(57, refused="ScriptModule.*original")
-def torchscript():
-    return torch.jit.trace(small().eval(), torch.randn(2, 3, 8, 8))
+class Observed(nn.Module):
+    """Fake quantization that keeps watching the range of what it quantizes, in evaluation too."""
+
+    def __init__(self, rows, per_row):
+        super().__init__()
+        self.per_row = per_row
+        for name in ("observing", "quantizing"):
+            self.register_buffer(name, torch.ones(1, dtype=torch.long))
+        for name, value in {"low": -1.0, "high": 1.0, "scale": 0.02}.items():
+            self.register_buffer(name, torch.full((rows,), value))
+        self.register_buffer("zero_point", torch.zeros(rows, dtype=torch.int32))
+
+    def forward(self, x):
+        state = (self.observing, self.quantizing, self.low, self.high, self.scale, self.zero_point)
+        return torch.fused_moving_avg_obs_fake_quant(x, *state, 0.01, -128, 127, 0, self.per_row, True)
+
+
+@case(57, free=[8, 12])
+def ranges_observed_while_quantizing():
+    def body(s, x):
+        x = s.range(F.relu(s.a(x)))
+        return s.tail(F.relu(F.conv2d(x, s.ranges(s.b.weight), s.b.bias, padding=1)))
+
+    parts = {"range": Observed(1, per_row=False), "ranges": Observed(12, per_row=True)}
+    return Net(body, a=conv(3, 8), b=conv(8, 12), tail=tail(12), **parts)
+
+
+@case(57, "dynamic", refused="quantized: its weights are packed integers", inputs=vectors())
+@case(57, "static", refused="quantized: its weights are packed integers", inputs=vectors())
+def really_quantized(kind):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+        if kind == "dynamic":
+            return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), quantized.dynamic.Linear(16, 4))
+        return nn.Sequential(quantized.Quantize(0.1, 0, torch.quint8), quantized.Linear(6, 16), quantized.DeQuantize())
+
+
+@case(57, "traced", refused="TorchScript, which has no Python code to follow")
+@case(57, "scripted", refused="TorchScript, which has no Python code to follow")
+def torchscript(how):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        net = small().eval()
+        return torch.jit.script(net) if how == "scripted" else torch.jit.trace(net, torch.randn(2, 3, 8, 8))
 
 
 @case(57, free=[8, 12])
@@ -140,6 +185,13 @@ def one_image_without_a_batch():
 @case(59, free=[8, 12])
 def data_parallel():
     return nn.DataParallel(small())
+
+
+@case(59, free=[8, 12])
+def distributed_data_parallel():
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return nn.parallel.DistributedDataParallel(small())
 
 
 @case(59, free=[8, 12])

@@ -106,7 +106,7 @@ def cat_of_tokens():
     )  # fmt: skip
 
 
-@case(7, free=[12, 10], frozen="picked out by a fixed index", inputs=tokens(6))
+@case(7, free=[1, 12, 10], frozen="picked out by a fixed index", inputs=tokens(6))
 def cat_with_learned_tokens():
     def body(s, x):
         x = torch.cat([s.extra.expand(x.shape[0], -1, -1), s.a(x)], 1)

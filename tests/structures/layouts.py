@@ -234,6 +234,7 @@ def autoencoder_through_a_vector():
 
 case(50, free=[8])(nets.flipped)
 case(50, free=[6])(nets.stacked)
+case(50, free=[8], frozen="picked out by a fixed index")(nets.fixed_index_gate)
 
 
 @case(50, "list", free=[8])
@@ -276,10 +277,10 @@ def flipped_halves():
     return Net(body, a=nn.Linear(6, 10), b=nn.Linear(10, 3))
 
 
-case(51, free=[6], frozen="in one tensor alone")(nets.repeated)
+case(51, free=[3, 6])(nets.repeated)
 
 
-@case(51, free=[6], frozen="in one tensor alone")
+@case(51, free=[3, 6])
 def each_channel_repeated():
     return Net(lambda s, x: s.b(F.relu(s.a(x)).repeat_interleave(3, 1)), a=conv(3, 6), b=conv(18, 4))
 

@@ -256,6 +256,25 @@ def tokens_routed_to_experts():
     return Net(body, a=nn.Linear(6, 8), router=nn.Linear(8, 3), head=nn.Linear(8, 3), **lists)
 
 
+@case(54, free=[8, 12, 12, 12], frozen="positions in it are computed with", inputs=tokens(6))
+def tokens_sorted_to_experts():
+    """Every expert takes the tokens that chose it, however many, and adds its results where they came from."""
+
+    def body(s, x):
+        b, n, _ = x.shape
+        x = F.relu(s.a(x)).flatten(0, 1)
+        best = s.router(x).argmax(-1)
+        y = torch.zeros_like(x)
+        for i in range(3):
+            (rows,) = torch.where(best == i)
+            y.index_add_(0, rows, s.down[i](F.relu(s.up[i](x[rows]))))
+        return s.head(y).view(b, n, -1)
+
+    parts = {"up": [nn.Linear(8, 12) for _ in range(3)], "down": [nn.Linear(12, 8) for _ in range(3)]}
+    lists = {name: nn.ModuleList(layers) for name, layers in parts.items()}
+    return Net(body, a=nn.Linear(6, 8), router=nn.Linear(8, 3), head=nn.Linear(8, 3), **lists)
+
+
 @case(54, free=[8, 12], inputs=tokens(6))
 def tokens_gathered_and_added_back():
     """Some tokens are taken by index, changed, and added where they came from."""

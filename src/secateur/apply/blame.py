@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import TraceError
-from secateur.graph.trace import first_line, run
+from secateur.graph.trace import first_line, run, untouched
 from secateur.graph.types import example_args
 
 Outputs = Mapping[str, list[Tensor]]  # module path -> the tensors that leave it
@@ -41,7 +41,7 @@ def outputs_of(program: fx.GraphModule, inputs: Any) -> Outputs:
                     found.setdefault(path, []).append(kept)
             return value
 
-    with torch.no_grad():
+    with torch.no_grad(), untouched(program):
         Recorder(program).run(*flat(inputs), enable_io_processing=False)
     return found
 

@@ -26,6 +26,7 @@ class ZeroedProgram(nn.Module):
     def __init__(self, program: Program, model: nn.Module, alive: Flags) -> None:
         super().__init__()
         self._walker = _Walker(program, model, alive)
+        self.program = program.module  # so that its buffers, the original model's own, are this module's
         self._codegen = program.module.graph._codegen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,18 +20,30 @@ from secateur.tasks import call, mode
 
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """The model's output on its inputs, in evaluation mode and without gradients.
+    """The model's output on its inputs, in evaluation mode and without gradients; the model is left as it was.
 
     Raises TraceError where the model fails on them.
     """
     try:
-        with mode(model, training=False), torch.no_grad():
+        with mode(model, training=False), torch.no_grad(), untouched(model):
             return call(model, inputs)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} fails on the example inputs {describe(inputs)}: "
             f"{type(error).__name__}: {first_line(error)}; pass inputs on which model(...) works"
         ) from error
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes in evaluation mode, such as observed ranges, get their values back."""
+    held = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, value in held:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.GraphModule:

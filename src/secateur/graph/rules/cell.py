@@ -9,7 +9,7 @@ _GATES = {"lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1, "rnn_relu_cell": 1}
 
 
 def cell(op: Op) -> Value:
-    """Input (batch?, features), states (batch?, hidden), weights (gates x hidden, features) and (gates x hidden, hidden)."""
+    """Input (batch?, features), states (batch?, hidden), weights (gates x hidden, features | hidden)."""
     name, unite = operator_name(op.node.target), op.labels.unite
     gates, x = _GATES[name], op.dims("input")
     states = [op.of(h) for h in (op.args["hx"] if name == "lstm_cell" else [op.args["hx"]])]

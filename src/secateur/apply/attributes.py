@@ -7,6 +7,7 @@ size is given the new one where that makes the module compute what the program c
 from __future__ import annotations
 
 import heapq
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,7 +83,10 @@ def slots(model: nn.Module, kind: type[nn.Module], known: Mapping[str, Sizes]) -
     modules = {path: module for path, module in model.named_modules() if type(module) is kind}
     places = {path: known.get(path, {}) for path in modules}
     found = []
+    mentioned = _mentioned(kind)
     for name in _names(next(iter(modules.values()))):
+        if "." in name and name.rpartition(".")[2] not in mentioned:
+            continue
         old = {path: read(module, name) for path, module in modules.items()}
         if not all(_sized(v) for v in old.values()):
             continue
@@ -91,7 +95,8 @@ def slots(model: nn.Module, kind: type[nn.Module], known: Mapping[str, Sizes]) -
         if "." in name:  # several modules may hold the same object: one value for all
             changed = [o for o in changed if len(set(o.values())) == len(set(map(str, old.values())))]
         if changed:
-            found.append(Slot(name, old, tuple(changed[:3]), len(options) > 1))
+            sure = len(options) == 1 and all(type(v) is int for v in old.values())
+            found.append(Slot(name, old, tuple(changed[:3]), not sure))
     return found
 
 
@@ -106,10 +111,17 @@ def _names(module: nn.Module) -> Iterator[str]:
                     yield f"{name}.{inner}"
 
 
+def _mentioned(kind: type[nn.Module]) -> set[str]:
+    """Names that the methods of a class use: what it reads from an object that it shares is among them."""
+    functions = [f for base in kind.__mro__ for n, f in vars(base).items() if n != "__init__" and callable(f)]
+    codes = [c for f in functions if (c := getattr(inspect.unwrap(f), "__code__", None)) is not None]
+    return {name for code in codes for name in code.co_names}
+
+
 def _sized(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
-        return bool(value) and all(type(v) is int for v in value) and max(value) > 1
-    return type(value) is int and value > 1
+        return bool(value) and all(type(v) is int for v in value)
+    return type(value) is int and value > 0
 
 
 def _options(old: Mapping[str, Any], places: Mapping[str, Sizes]) -> list[dict[str, Value]]:
@@ -122,8 +134,8 @@ def _options(old: Mapping[str, Any], places: Mapping[str, Sizes]) -> list[dict[s
         new = []
         for path, value in old.items():
             here = places[path].get(place)
-            if here is None:
-                new.append(usual[path])  # this module did not come by here
+            if here is None or value == 1:
+                new.append(usual[path])  # this module did not come by here, or there is nothing to lose
             elif len(here.get(value, ())) == 1:
                 new += here[value]
         if len(new) == len(old):
@@ -132,7 +144,9 @@ def _options(old: Mapping[str, Any], places: Mapping[str, Sizes]) -> list[dict[s
 
 
 def _usual(value: int, places: Sizes) -> int:
-    """What most places make of a size, those first that change it."""
+    """What most places make of a size, those first that change it; a size of one cannot change."""
+    if value == 1:
+        return 1
     votes = Counter(new for here in places.values() for new in here.get(value, ()))
     return max(votes, key=lambda new: (new != value, votes[new]), default=value)
 
@@ -202,13 +216,12 @@ def search_(
     set, in at most ``TRIES`` ways; then the classes of those that call it.
     """
     readings = _Readings(model, known)
-    wrong = first = first_wrong(model, inputs, oracle, expected, tolerance)
+    wrong = first_wrong(model, inputs, oracle, expected, tolerance)
     while wrong is not None and readings.next_(wrong):
         wrong = first_wrong(model, inputs, oracle, expected, tolerance)
     if wrong is not None:
         readings.undo_()
-        assert first is not None
-        return Found({}, first.why)
+        return Found({}, readings.why())
     for kind, index in readings.contested():
         chosen = readings.now[kind]
         readings.read_(kind, (*chosen[:index], KEEP, *chosen[index + 1 :]))
@@ -229,26 +242,41 @@ class _Readings:
         self.slots: dict[type[nn.Module], list[Slot]] = {}
         self.waiting: dict[type[nn.Module], Iterator[Reading]] = {}
         self.now: dict[type[nn.Module], Reading] = {}
-        self.best: dict[type[nn.Module], tuple[int, Reading]] = {}
-        self.last: type[nn.Module] | None = None
+        self.best: dict[type[nn.Module], tuple[int, Reading]] = {}  # modules right with it
+        self.seen: dict[tuple[int, str], None] = {}  # how many modules were right, and what was wrong then
+        self.last: type[nn.Module] | None = None  # whose attributes were set last
+        self.outer = False  # whether those were set for the first time, on behalf of another class
 
     def next_(self, wrong: Wrong) -> bool:
         """Read the attributes of the innermost class to blame in the next way; False where none is left."""
-        if self.last is not None and wrong.right > self.best.get(self.last, (-1, ()))[0]:
-            self.best[self.last] = (wrong.right, self.now[self.last])
+        self._note(wrong)
         for kind in (type(module) for module in wrong.chain):
-            if kind not in self.slots:
+            new = kind not in self.slots
+            if new:
                 own = not kind.__module__.startswith("torch.")
                 self.slots[kind] = slots(self.model, kind, self.known) if own else []
                 self.waiting[kind] = itertools.islice(_readings(self.slots[kind]), TRIES)
             reading = next(self.waiting[kind], None)
             if reading is not None:
                 self.read_(kind, reading)
-                self.last = kind
+                self.last, self.outer = kind, new and kind is not type(wrong.chain[0])
                 return True
             if kind in self.best:
                 self.read_(kind, self.best[kind][1])
         return False
+
+    def _note(self, wrong: Wrong) -> None:
+        """Remember how far the last reading came; a class that makes no difference is not read in other ways."""
+        if self.last is not None:
+            if wrong.right > self.best.get(self.last, (-1, ()))[0]:
+                self.best[self.last] = (wrong.right, self.now[self.last])
+            if self.outer and (wrong.right, wrong.why) in self.seen:
+                self.waiting[self.last] = iter(())
+        self.seen[wrong.right, wrong.why] = None
+
+    def why(self) -> str:
+        """What kept the class from its furthest."""
+        return max(self.seen, key=lambda seen: seen[0])[1]
 
     def read_(self, kind: type[nn.Module], reading: Reading) -> None:
         self.now[kind] = reading

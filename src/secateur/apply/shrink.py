@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.apply.attributes import Changes, search_, sizes, write_
-from secateur.apply.blame import outputs_of, relative_error
+from secateur.apply.adapt import adapt_
+from secateur.apply.attributes import Changes, write_
+from secateur.apply.blame import relative_error
 from secateur.apply.mask import mask
 from secateur.apply.oracle import ZeroedProgram
 from secateur.apply.resize import resize_
 from secateur.apply.rewrite import rewrite
-from secateur.errors import LawError, PlanError
+from secateur.errors import LawError, PlanError, TraceError
 from secateur.graph import Graph, analyze
 from secateur.graph.trace import run
 from secateur.graph.types import Flags
 from secateur.plan import Plan
-from secateur.tasks import clone
+from secateur.tasks import SEVERAL, clone, plain
 
 TOLERANCE: Mapping[torch.dtype, float] = {
     torch.float64: 1e-8,
@@ -45,7 +46,9 @@ class Law:
 class Shrunk:
     """A shrunk model. ``form`` is "module" (the user's class) or "program" (its rewritten program, and ``why``).
 
-    ``attributes`` are the numbers that modules of the user's class had to be given besides their tensors.
+    ``attributes`` are the numbers that modules of the user's class had to be given besides their tensors; ``factors``
+    say which query weights were multiplied because the class derives its attention scale from a width that changed.
+    ``unsaved`` says why ``save_pretrained`` of a Hugging Face model would not be loadable, "" where it is.
     """
 
     model: nn.Module
@@ -53,6 +56,8 @@ class Shrunk:
     why: str
     law: Law | None
     attributes: Changes = field(default_factory=dict)
+    factors: Mapping[str, float] = field(default_factory=dict)
+    unsaved: str = ""
 
 
 def shrink(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = True) -> nn.Module:
@@ -78,9 +83,21 @@ def shrink_(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = 
     done = carry_out(model, plan, inputs, verify=verify)
     if done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use shrink(model, plan)")
-    resize_(model, plan.slices)
-    write_(model, done.attributes)
+    become_(model, plan, done.model, done.attributes)
     return model
+
+
+def become_(model: nn.Module, plan: Plan, small: nn.Module, attributes: Changes) -> None:
+    """Make the dense model what ``small``, shrunk from it by ``plan``, is: sizes, attributes and values."""
+    if plan.slices and any(isinstance(module, SEVERAL) for module in model.modules()):
+        raise PlanError(
+            f"a {type(model).__name__} cannot be shrunk in place: it holds on to the old parameters of the "
+            "model inside; shrink that one, and wrap it again"
+        )
+    model = plain(model)
+    resize_(model, plan.slices)
+    write_(model, attributes)
+    model.load_state_dict(small.state_dict())
 
 
 def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = True) -> Shrunk:
@@ -90,18 +107,21 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
             f"a plan with pattern {plan.pattern!r} sets weights to zero and removes no units, so nothing can shrink; "
             "use mask(model, plan), or make a plan with pattern='channel'"
         )
+    model = plain(model)
     plan.check_fits(model)
     graph = plan.graph if inputs is None else _again(model, plan, inputs)
     if graph is None:
         raise PlanError("this plan was loaded from a file; give example inputs: shrink(model, plan, inputs)")
     keep = _flags(graph, plan)
     inputs = graph.inputs
+    if verify:
+        _check_captured(model, graph)
     small = clone(model)
     resize_(small, plan.slices)
     alive, tolerance = graph.alive(keep), _tolerance(model)
     written = rewrite(graph.program, small, alive)
     oracle = run(written, inputs)
-    found = search_(small, sizes(graph, alive), inputs, oracle, outputs_of(written, inputs), tolerance)
+    found = adapt_(small, graph, alive, written, inputs, oracle, tolerance)
     form = "program" if found.why else "module"
     if found.why:
         small = as_program(model, plan, small, inputs)
@@ -109,7 +129,7 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
         if not error <= tolerance:
             raise LawError(f"the program rewritten for any batch size differs from the traced one by {error:.2g}")
     law = _check(model, plan, graph, small) if verify else None
-    return Shrunk(small, form, found.why, law, found.changes)
+    return Shrunk(small, form, found.why, law, found.attributes, found.factors, found.unsaved)
 
 
 def _flags(graph: Graph, plan: Plan) -> dict[str, Flags]:
@@ -153,6 +173,17 @@ def _freed(output: Any, graph: Graph, plan: Plan) -> Any:
         return value
 
     return tree_map(cut, output)
+
+
+def _check_captured(model: nn.Module, graph: Graph) -> None:
+    """Raise TraceError where the captured program is not what the model computes: axes found in it mean nothing."""
+    error = relative_error(run(graph.program.module, graph.inputs), run(model, graph.inputs))
+    if not error <= _tolerance(model):
+        raise TraceError(
+            f"the program that torch.export captured of {type(model).__name__} differs from the model itself by "
+            f"{error:.2g} on the example inputs, so nothing can be proved about a smaller one; look for code that "
+            "asks whether it is being traced, or draws random numbers, in evaluation mode"
+        )
 
 
 def _check(model: nn.Module, plan: Plan, graph: Graph, small: nn.Module) -> Law:

@@ -1,0 +1,221 @@
+"""Dropping whole blocks, alone or together with channels under one budget.
+
+``layer``: the block with the lowest score goes first, until the budget is met; what the last one made needless comes
+back, highest score first.
+
+``channel+layer``: blocks go in that same order, and after each the channels make up what the budget still asks for.
+Of these plans, from no block at all to blocks alone, the one that changes the model's output least is taken (squared
+error on the calibration data, before any recovery): one measure for both kinds of units.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from secateur import criteria, patterns, planning
+from secateur.allocate import Allocation, Strategy
+from secateur.apply.oracle import ZeroedProgram
+from secateur.budget import Budget
+from secateur.budget import parse as parse_budget
+from secateur.criteria import Criterion
+from secateur.depth.scores import CRITERIA, Calibration, Rank, ranking, squared
+from secateur.errors import BudgetError, SpecError
+from secateur.graph.graph import Graph
+from secateur.graph.trace import run
+from secateur.graph.types import Flags
+from secateur.names import Choice, chosen
+from secateur.plan import Plan
+from secateur.planning import Described, Least, assemble, describe, limit_of, measure_of, unmet
+from secateur.tasks import Task
+
+ONLY_BLOCKS = ("influence", "reconstruction")
+"""Criteria that score blocks and no single weights."""
+
+
+def make(
+    model: nn.Module,
+    graph: Graph,
+    *,
+    pattern: str = "channel",
+    budget: str | None = "macs=50%",
+    criterion: str | Criterion | None = None,
+    allocate: str | Strategy = "global",
+    task: Task | None = None,
+    ignore: Choice | Sequence[Choice] = (),
+    overrides: Mapping[str, float] | None = None,
+    minimum: Least | Mapping[str, Least] = 1,
+    seed: int = 0,
+) -> Plan:
+    """``planning.make`` for every pattern, those that drop blocks included.
+
+    criterion: by default magnitude, for blocks influence. Blocks know those of ``scores.CRITERIA``; in
+    ``channel+layer`` each kind of unit takes the criterion where it knows it, its default otherwise.
+    ignore: blocks too, by name; a block that holds an ignored weight stays.
+    overrides, minimum: of axes.
+
+    Raises, besides, SpecError where a wish does not fit blocks.
+    """
+    shape = patterns.parse(pattern)
+    limits: dict[str, Any] = {"overrides": overrides, "minimum": minimum}
+    if not isinstance(shape, patterns.Layer | patterns.Both):
+        by = criterion if criterion is not None else "magnitude"
+        limits |= {"budget": budget, "criterion": by, "allocate": allocate, "task": task, "ignore": ignore}
+        return planning.make(model, graph, pattern=pattern, seed=seed, **limits)
+    wish = parse_budget(budget) if budget is not None else None
+    if wish is None or wish.kind == "max_drop":
+        raise SpecError(f"pattern {pattern!r} needs a budget of size, such as macs=50%; found {budget!r}")
+    names = [*graph.weights, *(a.name for a in graph.axes), *(b.name for b in graph.blocks)]
+    ignored = chosen(ignore, names, model, "ignore")
+    free = _free(graph, ignored)
+    if isinstance(shape, patterns.Layer):
+        if overrides or minimum != 1:
+            raise SpecError("overrides and minimum count the units of axes, which pattern 'layer' does not remove")
+        blocks_by = criterion if criterion is not None else "influence"
+        gone = _drop(graph, wish, free, ranking(blocks_by, model, graph, free, task, seed))
+        return _plan(graph, describe(pattern, wish, blocks_by, allocate, seed), {}, free, gone)
+    by = criterion if criterion is not None and criterion not in ONLY_BLOCKS else "magnitude"
+    blocks_by = criterion if criterion in CRITERIA else "influence"
+    rank = ranking(blocks_by, model, graph, free, task, seed)
+    scores = criteria.score(model, graph, by, task, seed)
+    limits |= {"pattern": str(shape.channel), "allocate": allocate, "seed": seed}
+
+    def channels(gone: Collection[str], rest: Callable[[Graph], str]) -> dict[str, Flags]:
+        """The units that stay of the model without some blocks. Raises BudgetError."""
+        left = graph.without(gone)
+        known = {*left.weights, *(a.name for a in left.axes)} & ignored
+        found = planning.make(
+            model,
+            left,
+            budget=rest(left),
+            criterion=lambda weight, stats: scores[stats.name],
+            ignore=known.__contains__ if known else (),
+            **(_matching(limits, left) if gone else limits),
+        )
+        return {name: flags.numpy() for name, flags in found.units.items()}
+
+    gone, units = _together(graph, wish, _order(free, rank), channels, Calibration(model, graph, task))
+    described = describe(pattern, wish, f"{_label(by)}+{blocks_by}", allocate, seed)
+    return _plan(graph, described, units, free, gone)
+
+
+def _free(graph: Graph, ignored: set[str]) -> list[str]:
+    """The blocks that may go: neither ignored themselves nor with an ignored weight in them."""
+    free = [b.name for b in graph.blocks if not b.frozen and b.name not in ignored]
+    return [name for name in free if ignored.isdisjoint(graph.slices(_off([name])))]
+
+
+def _off(gone: Collection[str]) -> dict[str, Flags]:
+    return {name: np.zeros(1, bool) for name in gone}
+
+
+def _order(free: Sequence[str], rank: Rank) -> Iterator[list[str]]:
+    """Nothing, then one block more at a time: of those left, the one with the lowest score."""
+    gone: list[str] = []
+    yield list(gone)
+    while len(gone) < len(free):
+        scores = rank(gone)
+        gone.append(min((name for name in free if name not in gone), key=scores.__getitem__))
+        yield list(gone)
+
+
+def _drop(graph: Graph, wish: Budget, free: Sequence[str], rank: Rank) -> list[str]:
+    """The blocks that go, for a budget to be met by blocks alone."""
+    if wish.kind == "threshold":
+        return [name for name, score in rank(()).items() if score < float(wish.value)]
+    measure = measure_of(wish)
+    everything = measure(graph.cost())
+    limit = limit_of(wish, everything)
+
+    def fits(gone: Collection[str]) -> bool:
+        return measure(graph.cost(_off(gone))) <= limit
+
+    gone = next((gone for gone in _order(free, rank) if fits(gone)), None)
+    if gone is None:
+        if not free:
+            reasons = "; ".join(sorted({b.frozen for b in graph.blocks if b.frozen})[:3])
+            none = "all are ignored" if graph.blocks else "the model has no residual blocks"
+            raise BudgetError(f"{wish} cannot be met: no block is free to go ({reasons or none})", 1.0)
+        raise unmet(wish, measure(graph.cost(_off(free))), everything)
+    for name in reversed(gone):
+        fewer = [other for other in gone if other != name]
+        gone = fewer if fits(fewer) else gone
+    return gone
+
+
+def _together(
+    graph: Graph,
+    wish: Budget,
+    order: Iterator[list[str]],
+    channels: Callable[[Collection[str], Callable[[Graph], str]], dict[str, Flags]],
+    data: Calibration,
+) -> tuple[list[str], dict[str, Flags]]:
+    """The blocks that go and the units that stay of the rest: the split that the model's output feels least."""
+    if wish.kind == "threshold":
+        raise SpecError(f"{wish} compares scores of one kind, and blocks have others than channels; name a size")
+    measure = measure_of(wish)
+    everything = measure(graph.cost())
+    limit = limit_of(wish, everything)
+    found: list[tuple[float, list[str], dict[str, Flags]]] = []
+    least = float(everything)
+    for gone in order:
+        blocks = measure(graph.cost(_off(gone)))
+        try:
+            units = channels(gone, lambda left: _rest(wish, limit, left)) if blocks > limit else {}
+        except BudgetError as error:
+            least = min(least, blocks * (error.nearest if error.nearest is not None else 1.0))
+            continue
+        found.append((_error(data, gone, units), gone, units))
+        if blocks <= limit:
+            break
+    if not found:
+        raise unmet(wish, least, everything)
+    _, gone, units = min(found, key=lambda split: split[0])
+    return gone, units
+
+
+def _rest(wish: Budget, limit: float, left: Graph) -> str:
+    """The budget for what is left of the model, in numbers of its own."""
+    if wish.kind == "sparsity":
+        part = Fraction(int(limit), left.cost().weights)
+        percent = math.ceil((1 - part) * 10**10)
+        return f"sparsity={percent // 10**8}.{percent % 10**8:08d}%"
+    return f"{wish.kind}={max(1, int(limit))}{'B' if wish.kind == 'size' else ''}"
+
+
+def _error(data: Calibration, gone: Collection[str], units: Mapping[str, Flags]) -> float:
+    """Squared error of the model's output relative to its square, over the calibration data."""
+    error = total = 0.0
+    for graph, inputs, _ in data:
+        left = graph.without(gone)
+        dense = run(graph.program.module, inputs)
+        error += squared(run(ZeroedProgram(left.program, data.model, left.alive(units)), inputs), dense)
+        total += squared(dense)
+    return error / max(total, 1e-30)
+
+
+def _matching(limits: Mapping[str, Any], left: Graph) -> dict[str, Any]:
+    """Limits without the globs over axes that went with their blocks."""
+    axes = [a.name for a in left.axes]
+    return {
+        what: {g: v for g, v in wish.items() if fnmatch.filter(axes, g)} if isinstance(wish, Mapping) else wish
+        for what, wish in limits.items()
+    }
+
+
+def _label(criterion: str | Criterion) -> str:
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom")
+
+
+def _plan(
+    graph: Graph, described: Described, units: Mapping[str, Flags], free: Sequence[str], gone: Collection[str]
+) -> Plan:
+    keep = {**units, **{name: np.array([name not in gone]) for name in free}}
+    kept, total = ({n: int(count(f)) for n, f in keep.items()} for count in (np.sum, len))
+    return assemble(graph, described, Allocation(kept, total), keep=keep)

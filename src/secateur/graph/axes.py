@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from secateur.graph.labels import Atoms
 from secateur.graph.program import Program
 from secateur.graph.rules.base import each
 from secateur.graph.rules.contraction import KERNEL
-from secateur.graph.types import Axis, Flags, Member, Weight
+from secateur.graph.types import Axis, Flags, Member, Units, Weight
 
 Slot = tuple[str, int, Atoms]  # tensor, dimension, resolved atoms
 
@@ -32,35 +33,31 @@ def gather(program: Program, weights: Mapping[str, Weight]) -> tuple[Axis, ...]:
     for dim in program.engine.inexact:
         inexact[program.engine.resolve(dim)] = True
     inexact[0] = False
-    signature = _signatures(program, slots)
-    key = np.stack([signature.view(np.int64), reason, inexact.astype(np.int64)], axis=1)
     present = np.zeros(program.labels, bool)
     for _, _, atoms in slots:
         present[atoms] = True
     present[0] = False
     members = np.flatnonzero(present)
-    _, group = np.unique(key[members], axis=0, return_inverse=True)
-    axis_of = np.full(program.labels, -1)
-    axis_of[members] = group.reshape(-1)
-    unit_of = np.full(program.labels, -1)
-    order = np.argsort(group.reshape(-1), kind="stable")
-    sizes = np.bincount(group.reshape(-1)) if len(members) else np.zeros(0, np.int64)
-    unit_of[members[order]] = np.concatenate([np.arange(n) for n in sizes]) if len(sizes) else []
+    signature = _signatures(program, slots).view(np.int64)
+    groups = _alike(members, [kind[members] for kind in (inexact, reason, signature)])
+    axis_of, unit_of = np.full(program.labels, -1, np.int32), np.full(program.labels, -1, np.int32)
+    for axis, atoms in enumerate(groups):
+        axis_of[atoms], unit_of[atoms] = axis, np.arange(len(atoms))
 
     where: dict[int, list[Member]] = {}
+    parts: dict[int, list[tuple[int, Units]]] = {}  # of dimensions with the same labels
     for name, d, atoms in slots:
-        for row in atoms:
-            for axis in np.unique(axis_of[row]):
-                if axis >= 0:
-                    units = np.where(axis_of[row] == axis, unit_of[row], -1)
-                    where.setdefault(int(axis), []).append(Member(name, d, units))
-    words = _words(program)
+        if id(atoms) not in parts:
+            parts[id(atoms)] = [part for row in atoms for part in _units(axis_of[row], unit_of[row])]
+        for axis, units in parts[id(atoms)]:
+            where.setdefault(axis, []).append(Member(name, d, units))
+    words, word = _words(program)
     found = []
     for axis, here in where.items():
-        atoms = members[group.reshape(-1) == axis]
+        atoms = groups[axis]
         if reasons[reason[atoms[0]]] != KERNEL:
             found.append((atoms, _merge_rows(here)))
-    names = naming.name([naming.Place(here, words.get(int(atoms[0]), "")) for atoms, here in found], weights)
+    names = naming.name([naming.Place(here, words[word[atoms[0]]]) for atoms, here in found], weights)
     least = _least(program, axis_of)
     return tuple(
         Axis(
@@ -76,16 +73,32 @@ def gather(program: Program, weights: Mapping[str, Weight]) -> tuple[Axis, ...]:
     )
 
 
-def _words(program: Program) -> dict[int, str]:
-    """What rules called the units; the first word given to an atom counts."""
-    words: dict[int, str] = {}
-    for dim, word in program.engine.words:
-        for atom in np.unique(program.engine.resolve(dim)):
-            words.setdefault(int(atom), word)
-    return words
+def _alike(members: Units, keys: Sequence[NDArray[Any]]) -> list[Units]:
+    """The members in groups of equal keys, each in order; the last key sorts the groups."""
+    order = np.lexsort(keys)
+    differs = np.zeros(max(len(members) - 1, 0), bool)
+    for key in keys:
+        differs |= key[order][1:] != key[order][:-1]
+    return np.split(members[order], np.flatnonzero(differs) + 1)
 
 
-def _least(program: Program, axis_of: NDArray[np.int64]) -> dict[int, int]:
+def _units(axis: NDArray[np.int32], unit: NDArray[np.int32]) -> list[tuple[int, Units]]:
+    """Per axis that has indices here (-1: none), the unit that each index belongs to."""
+    present = axis[:1] if (axis == axis[0]).all() else np.unique(axis)
+    return [(int(a), np.where(axis == a, unit, -1).astype(np.int64)) for a in present if a >= 0]
+
+
+def _words(program: Program) -> tuple[list[str], Units]:
+    """What rules called the units: words, and per atom the number of its word; the first one given counts."""
+    words, number = [""], np.zeros(program.labels, np.int64)
+    for dim, word in reversed(program.engine.words):
+        number[program.engine.resolve(dim)] = len(words)
+        words.append(word)
+    number[0] = 0
+    return words, number
+
+
+def _least(program: Program, axis_of: NDArray[np.int32]) -> dict[int, int]:
     """Per axis how many units must stay, where that is more than one.
 
     Of a product each factor must keep that many: more than needed, never less.
@@ -128,7 +141,7 @@ def _frozen(program: Program, slots: list[Slot]) -> tuple[list[str], NDArray[np.
         mark(atoms[everywhere, 0], f"removing it would leave dimension {d} of {name} empty")
     seen = np.zeros(program.labels, np.int64)
     for _, _, atoms in slots:
-        seen[np.unique(atoms)] += 1
+        seen[atoms] += 1  # once, however often an atom occurs
     if (seen[1:] == 1).any():
         mark(np.flatnonzero((seen == 1) & ~_computed_with(program)), "nothing reads it on the example inputs")
     reason[0] = 0
@@ -153,7 +166,7 @@ def _signatures(program: Program, slots: list[Slot]) -> NDArray[np.uint64]:
     places += [(f"part {i}", program.engine.resolve(p)) for i, p in enumerate(program.engine.parts)]
     for place, atoms in places:
         if len(atoms) == 1:
-            signature[np.unique(atoms)] += _number(place)
+            signature[atoms[0]] += _number(place)  # once, however often an atom occurs
             continue
         for (count, gap), found in _factors(atoms).items():
             signature[found] += _number(f"{place} {count} {gap}")

@@ -11,6 +11,7 @@ import numpy as np
 
 from secateur.errors import SpecError
 from secateur.graph.blocks import Block, Span, find
+from secateur.graph.meter import Meter
 from secateur.graph.program import Program
 from secateur.graph.types import Axis, Cost, Declared, Flags, Weight
 from secateur.graph.without import left, without
@@ -31,11 +32,18 @@ class Graph:
 
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises SpecError for an unknown one."""
-        for axis in self.axes:
-            if axis.name == name:
-                return axis
+        if name in self._named:
+            return self._named[name]
         known = ", ".join(a.name for a in self.axes[:5])
         raise SpecError(f"axis {name!r} is not in this graph (it has {known}, …); `secateur inspect` lists them")
+
+    @functools.cached_property
+    def _named(self) -> dict[str, Axis]:
+        return {axis.name: axis for axis in self.axes}
+
+    @functools.cached_property
+    def _meter(self) -> Meter:
+        return Meter(self.program, self.axes)
 
     @property
     def free(self) -> tuple[Axis, ...]:
@@ -48,7 +56,8 @@ class Graph:
         free: Flags = np.zeros(self.program.labels, bool)
         for axis in self.free:
             free[axis.atoms] = True
-        return find(self.program, free)
+        taken, why = {axis.name for axis in self.axes}, "an axis has the same name"
+        return tuple(replace(b, frozen=why) if b.name in taken else b for b in find(self.program, free))
 
     def without(self, names: Iterable[str]) -> Graph:
         """This graph where these blocks are left out: axes and weights that live on keep their names and units.
@@ -69,8 +78,7 @@ class Graph:
     def cost(self, keep: Mapping[str, Flags] | None = None) -> Cost:
         """Parameters, MACs and bytes when ``keep`` says what stays: a bool per unit of an axis, or one for a block."""
         units, gone = self._split(keep or {})
-        program = left(self.program, self._spans(gone)) if gone else self.program
-        return program.cost(self.alive(units))
+        return left(self.program, self._spans(gone)).cost(self.alive(units)) if gone else self._meter.cost(units)
 
     def alive(self, keep: Mapping[str, Flags]) -> Flags:
         """One flag per label: what stays when ``keep`` says which units of which axis stay."""
@@ -104,7 +112,7 @@ class Graph:
 
     def _split(self, keep: Mapping[str, Flags]) -> tuple[dict[str, Flags], list[str]]:
         """The flags of axes, and the names of the blocks that go."""
-        axes = {axis.name for axis in self.axes}
+        axes = self._named.keys()
         if keep.keys() <= axes:
             return dict(keep), []
         blocks = [name for name in keep if name not in axes]

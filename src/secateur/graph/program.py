@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +34,30 @@ class Tensors:
 
 
 @dataclass(frozen=True, eq=False)
+class Sizes:
+    """What costs are made of: every tensor and every product of an operator is a product of some of these sizes.
+
+    The first ones are those of labelled dimensions, each set of labels once; the others do not change.
+    """
+
+    labelled: list[Atoms]
+    fixed: NDArray[np.int64]
+    factors: NDArray[np.int64]  # (tensors and products, most factors): places among the sizes
+    parts: NDArray[np.int64]  # (4, tensors and products): how often each counts into the fields of a Cost
+
+    def count(self, place: int, alive: Flags) -> int:
+        """One labelled size with these labels alive."""
+        return int(np.count_nonzero(alive[self.labelled[place]].all(0)))
+
+    def counts(self, alive: Flags) -> NDArray[np.int64]:
+        """All sizes with these labels alive."""
+        return np.array([*(self.count(place, alive) for place in range(len(self.labelled))), *self.fixed], np.int64)
+
+    def cost(self, counts: NDArray[np.int64]) -> Cost:
+        return Cost(*(int(n) for n in self.parts @ counts[self.factors].prod(1)))
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """A captured program and everything analysis attached to it."""
 
@@ -44,6 +71,7 @@ class Program:
     inexact: frozenset[fx.Node]  # operators that average over a dimension, so that removing is not zeroing
     constants: Constants
     _resolved: dict[int, tuple[Dim, Atoms]] = field(default_factory=dict, repr=False)
+    _shared: dict[bytes, Atoms] = field(default_factory=dict, repr=False)
 
     def op(self, node: fx.Node) -> Op:
         """An operator as its rewrite sees it."""
@@ -54,11 +82,13 @@ class Program:
         return self.engine.count
 
     def atoms(self, dim: Dim) -> Atoms | None:
-        """Resolved atoms of a dimension; remembered, because analysis is over."""
+        """Resolved atoms of a dimension, one array for all that have the same; remembered, because analysis is over."""
         if dim is None:
             return None
         if id(dim) not in self._resolved:
-            self._resolved[id(dim)] = (dim, self.engine.resolve(dim))  # holding dim keeps its id taken
+            atoms = np.ascontiguousarray(self.engine.resolve(dim))
+            digest = hashlib.blake2b(atoms.data, digest_size=16, key=str(atoms.shape).encode()).digest()
+            self._resolved[id(dim)] = (dim, self._shared.setdefault(digest, atoms))  # holding dim keeps its id taken
         return self._resolved[id(dim)][1]
 
     def count(self, dim: Dim, size: int, alive: Flags) -> int:
@@ -78,26 +108,42 @@ class Program:
 
     def cost(self, alive: Flags) -> Cost:
         """Parameters, weights, MACs and bytes with these labels alive."""
-        counts: dict[int, int] = {}
+        return self.sizes.cost(self.sizes.counts(alive))
 
-        def kept(dim: Dim, size: int) -> int:
-            if dim is None:
-                return size
-            if id(dim) not in counts:
-                counts[id(dim)] = self.count(dim, size, alive)
-            return counts[id(dim)]
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        """What costs are made of."""
+        labelled: dict[int, tuple[int, Atoms]] = {}
+        fixed: dict[int, int] = {1: 0}
+        products: list[list[tuple[bool, int]]] = []
 
-        params = weights = size = 0
+        def add(factors: Iterable[tuple[Dim, int]]) -> None:
+            product = []
+            for dim, size in factors:
+                if (atoms := self.atoms(dim)) is not None:
+                    product.append((True, labelled.setdefault(id(atoms), (len(labelled), atoms))[0]))
+                else:
+                    product.append((False, fixed.setdefault(size, len(fixed))))
+            products.append(product)
+
         weighted = {m.weight for m in self.multiplies}
+        parts: list[tuple[int, int, int, int]] = []
         for t in self.tensors.values():
-            if t.kind == "constant":
-                continue
-            n = int(np.prod([kept(d, s) for d, s in zip(t.dims, t.shape, strict=True)], dtype=np.int64))
-            params += n if t.kind == "parameter" else 0
-            weights += n if t.name in weighted else 0
-            size += n * t.itemsize
-        macs = sum(int(np.prod([kept(d, s) for d, s in m.factors], dtype=np.int64)) for m in self.multiplies)
-        return Cost(params, weights, macs, size)
+            if t.kind != "constant":
+                add(zip(t.dims, t.shape, strict=True))
+                parts.append((t.kind == "parameter", t.name in weighted, 0, t.itemsize))
+        for m in self.multiplies:
+            add(m.factors)
+            parts.append((0, 0, 1, 0))
+        most = max(map(len, products), default=0)
+        factors = [[at if of_labels else len(labelled) + at for of_labels, at in p] for p in products]
+        padded = [p + [len(labelled)] * (most - len(p)) for p in factors]
+        return Sizes(
+            [atoms for _, atoms in labelled.values()],
+            np.array(list(fixed), np.int64),
+            np.array(padded, np.int64).reshape(len(products), most),
+            np.array(parts, np.int64).reshape(-1, 4).T,
+        )
 
 
 def outputs(node: fx.Node) -> list[fx.Node]:

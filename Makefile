@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check test bench docs
+.PHONY: setup demo check test bench zoo docs
 .DEFAULT_GOAL := setup
 
 setup: .venv/stamp
@@ -32,6 +32,10 @@ bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/first_road.py
 	$(BIN)/python benchmarks/analyze_cost.py
 	$(BIN)/python benchmarks/cost_global.py
+	$(BIN)/python benchmarks/tables.py
+
+zoo: setup  ## an hour: every timm family, Hugging Face and torchvision models; picks up where it stopped
+	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/tables.py
 
 docs: setup  ## fill the README's tables from the newest results, run its examples

@@ -8,7 +8,7 @@ import pytest
 import torch
 from structures import CASES
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nets import enliven_
 from secateur.apply.shrink import TOLERANCE, carry_out
@@ -26,6 +26,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # reentrant checkpoints in evaluation
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile
 ]
+
+
+WHOLE = {
+    42: "a feature that the model returns keeps its shape",
+    46: "values written in steps into a tensor lie between others, and no range of what stays holds them",
+    54: "a decision that Python takes on values is not part of any program",
+    57: "TorchScript has no Python code to follow, and quantized weights are packed integers",
+}
+"""Rows in which a network is refused or can lose nothing, and why that has to be so."""
+
+
+def test_every_row_has_networks_and_few_must_stay_whole():
+    rows = [case.row for case in CASES]
+    assert all(rows.count(row) >= 2 for row in range(1, 60))
+    assert len({case.id for case in CASES}) == len(CASES) >= 150
+    assert {case.row for case in CASES if not case.free} == set(WHOLE)
+    assert len(WHOLE) <= 5
 
 
 class Carried:
@@ -53,11 +70,6 @@ class Carried:
         if self._done is None:
             self._done = carry_out(self.model, self.plan)
         return self._done
-
-    @property
-    def exact(self):
-        """Whether every axis that lost units is one where removing is zeroing."""
-        return all(self.graph.axis(a).exact for a, flags in self.plan.units.items() if not flags.all())
 
 
 @pytest.fixture(scope="module", params=[c for c in CASES if c.free], ids=lambda c: c.id)
@@ -98,6 +110,7 @@ def close(found, expected, tolerance):
 
 def test_what_is_free_and_what_is_not(carried):
     assert tuple(sorted(a.units for a in carried.graph.free)) == carried.case.free
+    assert all(a.exact for a in carried.graph.free) != carried.case.inexact
     if carried.case.frozen:
         assert any(re.search(carried.case.frozen, a.frozen) for a in carried.graph.axes)
 
@@ -118,12 +131,17 @@ def test_other_inputs_of_other_batch_sizes(carried):
         inputs = carried.case.inputs(batch)
         with torch.no_grad():
             found, expected = call(small, inputs), call(dense, inputs)
-        assert [t.shape for t in tree_leaves(found) if isinstance(t, torch.Tensor)] == [
-            t.shape for t in tree_leaves(expected) if isinstance(t, torch.Tensor)
-        ]
+        assert [t.shape for t in floats(found)] == [t.shape for t in floats(expected)]
         assert all(t.isfinite().all() for t in floats(found))
-        if carried.exact:
+        if not carried.case.inexact:
             close(found, expected, tolerance)
+        elif batch > 1:  # the first example by itself
+            with torch.no_grad():
+                alone = call(small, tree_map(lambda t: t[:1] if isinstance(t, torch.Tensor) else t, inputs))
+            several = [(a, b[: len(a)]) for a, b in zip(floats(alone), floats(found), strict=True) if b.dim() > 1]
+            assert several
+            for a, b in several:
+                close(a, b, tolerance)
 
 
 def test_the_result_trains(carried):

@@ -22,6 +22,7 @@ class Case:
 
     ``build`` makes it, ``inputs`` gives example inputs for a batch size. ``free`` are the sizes of all free axes;
     ``frozen`` is a pattern that the reason of a frozen axis matches; ``refused`` one that the refusal matches.
+    ``inexact`` says that something is averaged over what is removed, so that removing is more than zeroing.
     """
 
     row: int
@@ -31,6 +32,7 @@ class Case:
     free: tuple[int, ...]
     frozen: str = ""
     refused: str = ""
+    inexact: bool = False
     budget: str = "params=60%"
     batches: tuple[int, ...] = (1, 5)
 

@@ -61,7 +61,7 @@ def attention_by(how):
     return Net(body, **four(20, 20, 24, 8), **part)
 
 
-@case(24, free=[16, 4, 6, 6], inputs=ids())
+@case(24, free=[16, 4, 6, 6], inputs=ids(), inexact=True)
 def attention_in_a_stream():
     def body(s, words):
         x = s.emb(words)
@@ -200,7 +200,7 @@ def rotary_halves(how):
 
 @case(27, "strided", free=[4, 3, 5], inputs=tokens())
 @case(27, "view", free=[4, 3, 5], inputs=tokens())
-@case(27, "complex", free=[4, 3, 5], inputs=tokens())
+@case(27, "complex", free=[4, 3, 5], inputs=tokens(), inexact=True)
 def rotary_neighbours(how):
     def body(s, x):
         q, k, v = heads_of(s.q(x), 4), heads_of(s.k(x), 4), heads_of(s.v(x), 4)
@@ -224,11 +224,11 @@ def rotary_neighbours(how):
     )
 
 
-@case(28, "rms_norm", free=[4, 6, 5], inputs=tokens())
-@case(28, "layer_norm", free=[4, 6, 5], inputs=tokens())
-@case(28, "shared", free=[4, 6, 5], inputs=tokens())
-@case(28, "normalize", free=[4, 6, 5], inputs=tokens())
-@case(28, "whole width", free=[4, 6, 5], inputs=tokens())
+@case(28, "rms_norm", free=[4, 6, 5], inputs=tokens(), inexact=True)
+@case(28, "layer_norm", free=[4, 6, 5], inputs=tokens(), inexact=True)
+@case(28, "shared", free=[4, 6, 5], inputs=tokens(), inexact=True)
+@case(28, "normalize", free=[4, 6, 5], inputs=tokens(), inexact=True)
+@case(28, "whole width", free=[4, 6, 5], inputs=tokens(), inexact=True)
 def normalized_queries(how):
     def body(s, x):
         q, k, v = s.q(x), s.k(x), heads_of(s.v(x), 4)
@@ -251,7 +251,7 @@ def normalized_queries(how):
 
 
 @case(29, "alone", free=[2, 4], inputs=tokens())
-@case(29, "with weights", free=[2, 4], inputs=tokens())
+@case(29, "with weights", free=[2, 4], inputs=tokens(), inexact=True)
 @case(29, "sequence first", free=[2, 4], inputs=lambda n: torch.randn(5, n, 8), batches=())
 def multihead_self_attention(how):
     def body(s, x):
@@ -280,21 +280,21 @@ def multihead_cross_attention(how):
     return Net(body, attention=nn.MultiheadAttention(8, 2, batch_first=True), **parts)
 
 
-@case(29, "after", free=[8, 2, 4, 12], inputs=ids())
-@case(29, "before", free=[8, 2, 4, 12], inputs=ids())
+@case(29, "after", free=[8, 2, 4, 12], inputs=ids(), inexact=True)
+@case(29, "before", free=[8, 2, 4, 12], inputs=ids(), inexact=True)
 def transformer_encoder_layer(how):
     layer = nn.TransformerEncoderLayer(8, 2, 12, norm_first=how == "before", batch_first=True)
     return nn.Sequential(nn.Embedding(20, 8), layer, nn.Linear(8, 3))
 
 
-@case(29, free=[8, 2, 4, 12, 2, 4, 12], inputs=ids())
+@case(29, free=[8, 2, 4, 12, 2, 4, 12], inputs=ids(), inexact=True)
 def transformer_encoder():
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=False)
     return nn.Sequential(nn.Embedding(20, 8), encoder, nn.Linear(8, 3))
 
 
-@case(29, free=[8, 6, 2, 4, 2, 4, 12], inputs=lambda n: (ids()(n), torch.randn(n, 4, 5)))
+@case(29, free=[8, 6, 2, 4, 2, 4, 12], inputs=lambda n: (ids()(n), torch.randn(n, 4, 5)), inexact=True)
 def transformer_decoder_layer():
     def body(s, words, memory):
         return s.head(s.layer(s.emb(words), s.up(F.relu(s.low(memory)))))
@@ -323,9 +323,9 @@ class Block(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-@case(35, "class token", free=[16, 4, 4, 24, 4, 4, 24])
-@case(35, "mean", free=[16, 4, 4, 24, 4, 4, 24])
-@case(35, "two tokens", free=[16, 4, 4, 24, 4, 4, 24])
+@case(35, "class token", free=[16, 4, 4, 24, 4, 4, 24], inexact=True)
+@case(35, "mean", free=[16, 4, 4, 24, 4, 4, 24], inexact=True)
+@case(35, "two tokens", free=[16, 4, 4, 24, 4, 4, 24], inexact=True)
 def vision_transformer(head):
     def body(s, x):
         x = s.patch(x).flatten(2).transpose(1, 2)
@@ -343,7 +343,7 @@ def vision_transformer(head):
     return Net(body, patch=patch, one=Block(), two=Block(), norm=nn.LayerNorm(16), last=last, **parts)
 
 
-@case(35, free=[16, 4, 4, 24, 2, 5, 6], inputs=maps(3, 8))
+@case(35, free=[16, 4, 4, 24, 2, 5, 6], inputs=maps(3, 8), inexact=True)
 def class_attention_with_pooled_queries():
     """Attention pooling: a learned query asks the patches."""
 

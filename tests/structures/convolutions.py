@@ -166,7 +166,7 @@ def decoder_with_output_padding():
 
 
 case(38, free=[12, 4])(nets.squeeze_excite)
-case(38, free=[8])(nets.channel_mean_attention)
+case(38, free=[8], inexact=True)(nets.channel_mean_attention)
 
 
 @case(38, free=[12, 4])
@@ -194,7 +194,7 @@ def one_channel_added_to_all():
     return Net(body, a=conv(3, 8), b=conv(8, 6), one=conv(6, 1), c=conv(8, 4))
 
 
-@case(38, free=[8, 4])
+@case(38, free=[8, 4], inexact=True)
 def cbam():
     def body(s, x):
         x = s.a(x)

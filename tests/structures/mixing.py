@@ -13,7 +13,7 @@ from structures.attention import heads_of, merged
 
 case(39, free=[6, 5])(nets.outer_product)
 case(39, free=[6])(nets.bilinear_pooling)
-case(39, free=[8, 6])(nets.softmax_over_channels)
+case(39, free=[8, 6], inexact=True)(nets.softmax_over_channels)
 
 
 @case(39, "embedded", free=[8, 5, 7])
@@ -30,7 +30,7 @@ def non_local(how):
     return Net(body, stem=conv(3, 8), tail=tail(8), **parts)
 
 
-@case(39, free=[8, 12])
+@case(39, free=[8, 12], inexact=True)
 def attention_between_channels():
     """As in DANet: every channel asks every other."""
 
@@ -43,7 +43,7 @@ def attention_between_channels():
     return Net(body, stem=conv(3, 8), a=conv(8, 12), b=conv(12, 8), tail=tail(8))
 
 
-@case(39, free=[4, 5], inputs=tokens(6), budget="params=80%")
+@case(39, free=[4, 5], inputs=tokens(6), budget="params=80%", inexact=True)
 def linear_attention():
     """Without a softmax over tokens: keys meet values first."""
 
@@ -63,7 +63,7 @@ def low_rank_outer_sum():
     return Net(body, a=nn.Linear(6, 5), b=nn.Linear(6, 4), c=nn.Linear(20, 3))
 
 
-@case(52, free=[16, 10, 24, 10, 24])
+@case(52, free=[16, 10, 24, 10, 24], inexact=True)
 def mlp_mixer():
     def body(s, x):
         x = s.patch(x).flatten(2).transpose(1, 2)
@@ -81,7 +81,7 @@ def mlp_mixer():
     )
 
 
-@case(52, free=[8, 12])
+@case(52, free=[8, 12], inexact=True)
 def gated_mlp_over_tokens():
     """The spatial gating unit of gMLP: half of the channels, mixed over tokens, gates the other half."""
 
@@ -95,7 +95,7 @@ def gated_mlp_over_tokens():
     return Net(body, patch=nn.Conv2d(3, 8, 4, 4), norm=nn.LayerNorm(8), head=nn.Linear(8, 3), **parts)
 
 
-@case(52, free=[5, 8], frozen="spatial dimension of aten.conv1d", inputs=tokens(6))
+@case(52, free=[5, 8], frozen="spatial dimension of aten.conv1d", inputs=tokens(6), inexact=True)
 def convolution_over_tokens():
     """A convolution whose channels are tokens slides along the features."""
 
@@ -111,8 +111,8 @@ def quarters(x):
     return torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
 
 
-@case(53, "strided slices", free=[6, 10])
-@case(53, "view", free=[6, 10])
+@case(53, "strided slices", free=[6, 10], inexact=True)
+@case(53, "view", free=[6, 10], inexact=True)
 def patch_merging(how):
     def body(s, x):
         x = F.gelu(s.patch(x)).permute(0, 2, 3, 1)
@@ -146,8 +146,8 @@ def window_attention(s, x, mask=None):
     return s.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, -1))
 
 
-@case(53, "plain", free=[8, 2, 4])
-@case(53, "shifted", free=[8, 2, 4])
+@case(53, "plain", free=[8, 2, 4], inexact=True)
+@case(53, "shifted", free=[8, 2, 4], inexact=True)
 def windows(how):
     def body(s, x):
         x = s.patch(x).permute(0, 2, 3, 1)
@@ -168,7 +168,7 @@ def windows(how):
     return Net(body, patch=nn.Conv2d(3, 8, 2, 2), **parts)
 
 
-@case(53, free=[8, 2, 4, 4, 5, 2])
+@case(53, free=[8, 2, 4, 4, 5, 2], inexact=True)
 def bias_from_a_small_network():
     """As in Swin V2: positions to biases of the heads by an MLP; cosine attention with a scale per head."""
 
@@ -222,7 +222,7 @@ def every_expert_weighted():
     return Net(body, a=nn.Linear(6, 8), router=nn.Linear(8, 3), head=nn.Linear(8, 3), **lists)
 
 
-@case(54, free=[8, 8, 10, 3], inputs=tokens(6))
+@case(54, free=[8, 8, 10, 3], inputs=tokens(6), inexact=True)
 def fused_experts():
     """All experts in one tensor, each computed for every token, weighted by the router."""
 
@@ -289,7 +289,7 @@ def tokens_gathered_and_added_back():
     return Net(body, a=nn.Linear(6, 8), head=nn.Linear(8, 3), **parts)
 
 
-@case(55, free=[8, 6, 3])
+@case(55, free=[8, 6, 3], inexact=True)
 def mixture_of_kernels():
     """Dynamic convolution: kernels weighted by attention over the image, one convolution per image as groups."""
 

@@ -13,11 +13,11 @@ import nets
 from nets import Net, conv, tail
 from structures import case, ids, maps, tokens, vectors
 
-case(30, free=[4, 3, 6])(nets.group_norm)
-case(30, free=[16, 12], inputs=vectors(6))(nets.layer_norms)
+case(30, free=[4, 3, 6], inexact=True)(nets.group_norm)
+case(30, free=[16, 12], inputs=vectors(6), inexact=True)(nets.layer_norms)
 
 
-@case(30, free=[4, 4, 6])
+@case(30, free=[4, 4, 6], inexact=True)
 def group_norm_in_a_residual():
     def body(s, x):
         x = s.stem(x)
@@ -27,14 +27,14 @@ def group_norm_in_a_residual():
     return Net(body, stem=conv(3, 16), norm=nn.GroupNorm(4, 16), a=conv(16, 6), b=conv(6, 16), tail=tail(16))
 
 
-@case(30, free=[8])
+@case(30, free=[8], inexact=True)
 def layer_norm_over_maps():
     return nn.Sequential(conv(3, 8), nn.LayerNorm([8, 8, 8]), nn.ReLU(), conv(8, 4))
 
 
-@case(30, "dynamic", free=[16], inputs=tokens(6))
-@case(30, "static", free=[16], inputs=tokens(6))
-@case(30, "with parameters", free=[16], inputs=tokens(6))
+@case(30, "dynamic", free=[16], inputs=tokens(6), inexact=True)
+@case(30, "static", free=[16], inputs=tokens(6), inexact=True)
+@case(30, "with parameters", free=[16], inputs=tokens(6), inexact=True)
 def functional_layer_norm(how):
     def body(s, x):
         x = s.a(x)
@@ -46,7 +46,7 @@ def functional_layer_norm(how):
     return Net(body, a=nn.Linear(6, 16), b=nn.Linear(16, 3), **(parts if how == "with parameters" else {}))
 
 
-@case(30, free=[8, 32])
+@case(30, free=[8, 32], inexact=True)
 def convnext_block():
     def body(s, x):
         x = s.stem(x)
@@ -58,10 +58,10 @@ def convnext_block():
     return Net(body, stem=conv(3, 8), norm=nn.LayerNorm(8), gamma=nn.Parameter(torch.rand(8)), tail=tail(8), **parts)
 
 
-@case(31, "module", free=[16], inputs=tokens(6))
-@case(31, "functional", free=[16], inputs=tokens(6))
-@case(31, "by hand", free=[16], inputs=tokens(6))
-@case(31, "in float32", free=[16], inputs=tokens(6))
+@case(31, "module", free=[16], inputs=tokens(6), inexact=True)
+@case(31, "functional", free=[16], inputs=tokens(6), inexact=True)
+@case(31, "by hand", free=[16], inputs=tokens(6), inexact=True)
+@case(31, "in float32", free=[16], inputs=tokens(6), inexact=True)
 def rms_norm(how):
     def body(s, x):
         x = s.a(x)
@@ -190,17 +190,17 @@ def normed(how):
     return norm
 
 
-@case(47, "weight_norm", free=[8, 12])
-@case(47, "spectral_norm", free=[8, 12])
-@case(47, "weight_norm hooks", free=[8, 12])
-@case(47, "spectral_norm hooks", free=[8, 12])
+@case(47, "weight_norm", free=[8, 12], inexact=True)
+@case(47, "spectral_norm", free=[8, 12], inexact=True)
+@case(47, "weight_norm hooks", free=[8, 12], inexact=True)
+@case(47, "spectral_norm hooks", free=[8, 12], inexact=True)
 def parametrized_convolutions(how):
     norm = normed(how)
     return nn.Sequential(norm(conv(3, 8)), nn.ReLU(), norm(conv(8, 12)), nn.ReLU(), tail(12))
 
 
-@case(47, "weight_norm", free=[16], inputs=vectors(6))
-@case(47, "spectral_norm hooks", free=[16], inputs=vectors(6))
+@case(47, "weight_norm", free=[16], inputs=vectors(6), inexact=True)
+@case(47, "spectral_norm hooks", free=[16], inputs=vectors(6), inexact=True)
 def parametrized_linears(how):
     norm = normed(how)
     return nn.Sequential(norm(nn.Linear(6, 16)), nn.ReLU(), norm(nn.Linear(16, 3)))
@@ -225,13 +225,13 @@ class StandardizedConv(nn.Conv2d):
         return F.conv2d(x, (self.weight - mean) / (var + 1e-5).sqrt(), self.bias, self.stride, self.padding)
 
 
-@case(47, free=[8, 12])
+@case(47, free=[8, 12], inexact=True)
 def standardized_weights():
     parts = [StandardizedConv(3, 8, 3, padding=1), nn.ReLU(), StandardizedConv(8, 12, 3, padding=1), nn.ReLU()]
     return nn.Sequential(*parts, tail(12))
 
 
-@case(47, free=[8, 12])
+@case(47, free=[8, 12], inexact=True)
 def weights_standardized_by_batch_norm():
     """As ``ScaledStdConv2d`` of timm does it: batch norm over the rows of the weight."""
 

@@ -36,7 +36,7 @@ def parameter_in(how):
 
 
 @case(36, "einsum", free=[4, 6, 5], inputs=tokens())
-@case(36, "tensors of heads", free=[4, 6, 5], inputs=tokens())
+@case(36, "tensors of heads", free=[4, 6, 5], inputs=tokens(), inexact=True)
 def projections_with_head_dimensions(how):
     def body(s, x):
         if how == "einsum":
@@ -213,9 +213,9 @@ def embedding_and_mlp():
     return nn.Sequential(nn.Embedding(20, 8, padding_idx=0), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
 
 
-@case(40, "slice", free=[8], inputs=ids())
-@case(40, "arange", free=[8], inputs=ids())
-@case(40, "buffer", free=[8], inputs=ids())
+@case(40, "slice", free=[8], inputs=ids(), inexact=True)
+@case(40, "arange", free=[8], inputs=ids(), inexact=True)
+@case(40, "buffer", free=[8], inputs=ids(), inexact=True)
 def words_and_positions(how):
     def body(s, words):
         n = words.shape[1]

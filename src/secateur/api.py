@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,13 +20,14 @@ from secateur.apply.shrink import Shrunk, become_, carry_out
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion
+from secateur.depth import make
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph import Graph, analyze
 from secateur.graph.trace import run
 from secateur.measure import Measurement, latency, measure
 from secateur.names import Choice
 from secateur.plan import Plan
-from secateur.planning import Least, make
+from secateur.planning import Least
 from secateur.progress import track
 from secateur.recover import recalibrate_, recover
 from secateur.report import Frozen, Layer, Report, Row
@@ -38,7 +40,7 @@ SECONDS = 2.0
 
 
 def plan(model: nn.Module, inputs: Any, **wishes: Any) -> Plan:
-    """Choose what stays, without touching the model: ``analyze`` and ``secateur.planning.make`` in one call.
+    """Choose what stays, without touching the model: ``analyze`` and ``secateur.depth.make`` in one call.
 
     inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); or the Graph that ``analyze`` made of them,
     given ties or freed outputs. wishes: the keyword arguments of ``make``: pattern, budget, criterion, allocate, task,
@@ -53,7 +55,7 @@ def prune(
     *,
     pattern: str = "channel",
     budget: str | None = "macs=50%",
-    criterion: str | Criterion = "magnitude",
+    criterion: str | Criterion | None = None,
     allocate: str | Strategy = "global",
     task: Task | None = None,
     ignore: Choice | Sequence[Choice] = (),
@@ -73,9 +75,10 @@ def prune(
     inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); latency and MACs are taken on them. Or the
         Graph that ``analyze`` made of them, given ties or freed outputs.
     pattern, budget, criterion, allocate: see the modules of those names; the first two in their notations.
+        The criterion is magnitude by default, for blocks influence.
     task: data, loss and score; with it batch norms are recalibrated, accuracy is measured on the test split, and the
         model is fine-tuned for ``epochs`` with distillation from the dense one.
-    ignore: weights and axes to leave alone: globs, modules, or functions of their names.
+    ignore: weights, axes and blocks to leave alone: globs, modules, or functions of their names.
     overrides: glob -> part to remove there.
     minimum: units that every axis keeps at least, a count or a part; or glob -> such.
     inplace: change ``model`` itself, at the very end, after everything else has succeeded. Without it a model that is
@@ -91,8 +94,7 @@ def prune(
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
     limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}
-    chosen = _choose(model, graph, {**wishes, **limits})
-    done = carry_out(model, chosen, verify=verify) if chosen.units else _masked(model, chosen)
+    chosen, done = _carried_out(model, graph, {**wishes, **limits}, verify)
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
     log = _Log(model, graph, chosen, done, task)
@@ -100,15 +102,31 @@ def prune(
     small = _recover(done.model, model, log, task, chosen, epochs, options)
     report = log.report(small)
     if inplace:
-        become_(given, chosen, small, done.attributes)
+        become_(given, chosen, done, small)
         small = given
-    return Result(small, chosen, report, graph.inputs, done.form, source)
+    return Result(small, chosen, report, graph.inputs, done.form, source, done.attributes, done.taken)
+
+
+def _carried_out(model: nn.Module, graph: Graph, wishes: dict[str, Any], verify: bool) -> tuple[Plan, Shrunk]:
+    """A plan and what comes of it. Where a class remembers one size for several axes, a plan that respects that."""
+    chosen = _choose(model, graph, wishes)
+    if not chosen.units:
+        return chosen, _masked(model, chosen)
+    done = carry_out(model, chosen, verify=verify)
+    if done.form == "program" and done.equal:
+        with contextlib.suppress(BudgetError):
+            even = _choose(model, graph, {**wishes, "equal": done.equal})
+            kept = carry_out(model, even, verify=verify)
+            if kept.form == "module":
+                return even, replace(kept, equal=done.equal)
+    return chosen, done
 
 
 def _choose(model: nn.Module, graph: Graph, wishes: dict[str, Any]) -> Plan:
     """A plan that meets the budget; latency is the one kind that takes measuring."""
     wish = parse_budget(wishes["budget"]) if wishes["budget"] is not None else None
-    if wish is not None and wish.kind == "latency" and isinstance(patterns.parse(wishes["pattern"]), patterns.Channel):
+    removes = isinstance(patterns.parse(wishes["pattern"]), patterns.Channel | patterns.Layer | patterns.Both)
+    if wish is not None and wish.kind == "latency" and removes:
         return _meet_latency(model, graph, wish, {k: v for k, v in wishes.items() if k != "budget"})
     return make(model, graph, **wishes)
 
@@ -238,11 +256,18 @@ class _Log:
             title=f"{kind}, {self.plan.pattern}, {self.plan.budget or 'no budget'}",
             rows=tuple(self.rows),
             layers=tuple(_layers(self.graph, self.plan)),
-            frozen=tuple(Frozen(a.name, a.units, a.frozen) for a in self.graph.axes if a.frozen),
+            frozen=tuple(self._frozen()),
             law=self.done.law,
             meta={**self.plan.meta, **_machine(), **self._how()},
             notes=tuple(self._notes()),
         )
+
+    def _frozen(self) -> Iterable[Frozen]:
+        pattern = patterns.parse(self.plan.pattern)
+        if not isinstance(pattern, patterns.Layer):
+            yield from (Frozen(a.name, a.units, a.frozen) for a in self.graph.axes if a.frozen)
+        if isinstance(pattern, patterns.Layer | patterns.Both):
+            yield from (Frozen(b.name, 1, b.frozen) for b in self.graph.blocks if b.frozen)
 
     def _how(self) -> dict[str, str | int]:
         return {
@@ -260,6 +285,11 @@ class _Log:
                 f"{self.done.why}. Parameter names are the same; outside norms and "
                 "dropout it behaves as in evaluation mode."
             )
+        elif self.done.equal:
+            groups = "; ".join(", ".join(group) for group in self.done.equal)
+            yield f"The class remembers one size for these axes, so they keep the same part of their units: {groups}."
+        if self.done.unsaved:
+            yield f"save_pretrained would not be loadable, {self.done.unsaved}; secateur.save keeps the model."
         if self.plan.masks:
             yield (
                 "Zeros in dense tensors take the same time and bytes as other values on this machine: the latency "

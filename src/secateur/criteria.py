@@ -91,16 +91,18 @@ def score(
 ) -> dict[str, Tensor]:
     """Scores of every maskable weight, or of those in ``names``: float tensors of the weights' shapes.
 
+    A weight without values (on device meta) has none either: it stands for itself, and counts as ones.
     Raises DataError for weights that are NaN or infinite, and for scores that are so or of another shape.
     """
     function = resolve(criterion)
     parameters = dict(model.named_parameters())
     wanted = list(graph.weights) if names is None else list(names)
-    for name in wanted:
+    real = [name for name in wanted if not parameters[name].is_meta]
+    for name in real:
         _require_finite(parameters[name].detach(), f"weight {name!r}", "repair or retrain it before pruning")
     stats = collect(model, graph, getattr(function, "needs", ()), task, seed)
-    scores = {}
-    for name in wanted:
+    scores = {name: parameters[name].detach() for name in wanted if parameters[name].is_meta}
+    for name in real:
         weight = parameters[name].detach()
         found = function(weight, stats[name])
         if not isinstance(found, Tensor) or found.shape != weight.shape:

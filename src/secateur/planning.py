@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import patterns
-from secateur.allocate import Allocation, Counts, Strategy, best, climb
+from secateur.allocate import Allocation, Counts, Strategy, Uniform, best, climb, together
 from secateur.allocate import resolve as resolve_strategy
 from secateur.budget import Budget, kept_count
 from secateur.budget import parse as parse_budget
@@ -41,14 +41,17 @@ def make(
     ignore: Choice | Sequence[Choice] = (),
     overrides: Mapping[str, float] | None = None,
     minimum: Least | Mapping[str, Least] = 1,
+    equal: Sequence[Sequence[str]] = (),
     seed: int = 0,
 ) -> Plan:
     """Choose what stays within the budget. The same arguments give the same plan.
 
     ignore: what is left alone: globs over weight and axis names, modules, or functions of such a name. overrides: glob
     -> part removed (0 to 1), fixed for those places; the rest meets the budget. minimum: units that every axis keeps at
-    least, a count or a part (0.25); or glob over axes -> such, the last one that matches counts. budget may be None for
-    N:M, which fixes its own sparsity.
+    least, a count or a part (0.25); or glob over axes -> such, the last one that matches counts. equal: groups of axis
+    names that keep the same part of their units. budget may be None for N:M, which fixes its own sparsity.
+
+    Weights without values (device meta) all score one: counts are then real, which units stay is arbitrary.
 
     Raises SpecError for notation and names that cannot be read, BudgetError, with the nearest possible value, for a
     budget that cannot be met, DataError for weights or scores that are not finite.
@@ -72,13 +75,17 @@ def make(
         if wish is None:
             raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
         scores = score(model, graph, criterion, task, seed)
-        least = _least(minimum, {a.name: a.units for a in graph.axes})
-        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, least, described)
-    if minimum != 1:
-        raise SpecError(f"minimum={minimum!r} counts units, which pattern {pattern!r} does not remove; leave it out")
+        least = _least(minimum, graph.axes)
+        groups = together.known(equal, [a.name for a in graph.axes])
+        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, least, groups, described)
+    if minimum != 1 or equal:
+        given = f"minimum={minimum!r}" if minimum != 1 else f"equal={equal!r}"
+        raise SpecError(f"{given} counts units, which pattern {pattern!r} does not remove; leave it out")
     names = [n for n, w in graph.weights.items() if n not in ignored and not patterns.why_not(shape, w)]
     if not names:
         raise SpecError(f"pattern {pattern!r} applies to none of the {len(graph.weights)} weights; choose another")
+    if absent := [n for n in names if model.get_parameter(n).is_meta]:
+        raise SpecError(f"pattern {pattern!r} chooses single weights, and {absent[0]!r} has no values (device meta)")
     scores = score(model, graph, criterion, task, seed, names)
     return _masks(graph, shape, wish, scores, strategy, fixed, described)
 
@@ -203,6 +210,7 @@ def _channels(
     ignored: set[str],
     overrides: Mapping[str, float],
     least: Mapping[str, int],
+    groups: Sequence[Sequence[str]],
     described: Described,
 ) -> Plan:
     free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
@@ -214,14 +222,22 @@ def _channels(
     fixed = {n: _rounded(max(k, least[n]), total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
     order = {name: s.argsort(descending=True, stable=True).numpy() for name, s in pooled.items()}
 
+    def allowed(name: str, count: int) -> int:
+        return fixed.get(name, _rounded(max(count, least[name]), total[name], pattern.multiple))
+
+    groups = [members for group in groups if len(members := [n for n in group if n in total and n not in fixed]) > 1]
+
     def shaped(counts: Counts) -> dict[str, int]:
-        return {n: fixed.get(n, _rounded(max(c, least[n]), total[n], pattern.multiple)) for n, c in counts.items()}
+        return together.level({n: allowed(n, c) for n, c in counts.items()}, total, groups, allowed)
+
+    chosen: dict[str, Flags] = {name: np.ones(n, bool) for name, n in total.items()}
 
     def flags(counts: Counts) -> dict[str, Flags]:
-        chosen = {name: np.zeros(total[name], bool) for name in counts}
         for name, count in counts.items():
-            chosen[name][order[name][:count]] = True
-        return chosen
+            if np.count_nonzero(chosen[name]) != count:
+                chosen[name] = np.zeros(total[name], bool)
+                chosen[name][order[name][:count]] = True
+        return dict(chosen)
 
     if wish.kind == "threshold":
         kept = shaped({n: int((s >= float(wish.value)).sum()) for n, s in pooled.items()})
@@ -235,26 +251,32 @@ def _channels(
             smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
             raise unmet(wish, smallest, everything)
         best_gone = {n: s[order[n]] / s.mean() for n, s in pooled.items() if n not in fixed}
-        kept = _give_back(found, best_gone, pattern.multiple, lambda c: measure(graph.cost(flags(c))) <= limit)
+        steps = together.steps([*groups, *together.of_one_size(total)] if isinstance(ladder, Uniform) else groups)
+        kept = _give_back(found, best_gone, steps, shaped, lambda c: measure(graph.cost(flags(c))) <= limit)
     return assemble(graph, described, Allocation(kept, total), keep=flags(kept))
 
 
 def _give_back(
-    kept: dict[str, int], ranked: Mapping[str, Tensor], multiple: int, fits: Callable[[Counts], bool]
+    kept: dict[str, int],
+    ranked: Mapping[str, Tensor],
+    steps: Mapping[str, Sequence[str]],
+    shaped: Callable[[Counts], dict[str, int]],
+    fits: Callable[[Counts], bool],
 ) -> dict[str, int]:
     """Use what one rung, wider than the room it had to make, left over: the best units that went come back if they fit.
 
-    ranked: per place that may change, its unit scores from best to worst, comparable between places.
+    ranked: per place that may change, its unit scores from best to worst, comparable between places. steps: the places
+    that get a unit back together with one.
     """
-    while True:
-        waiting = [n for n, scores in ranked.items() if kept[n] < len(scores)]
-        for name in sorted(waiting, key=lambda n: -float(ranked[n][kept[n]])):
-            richer = {**kept, name: _rounded(kept[name] + 1, len(ranked[name]), multiple)}
-            if fits(richer):
-                kept = richer
-                break
+    waiting = list(ranked)
+    while waiting := [n for n in waiting if kept[n] < len(ranked[n])]:
+        name = max(waiting, key=lambda n: float(ranked[n][kept[n]]))
+        richer = shaped({**kept, **{n: kept[n] + 1 for n in steps.get(name, (name,))}})
+        if richer != kept and fits(richer):
+            kept = richer
         else:
-            return kept
+            waiting.remove(name)  # nor will it fit later, with less room
+    return kept
 
 
 def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
@@ -266,7 +288,10 @@ def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
     for member in axis.members:
         if member.tensor in scores:
             s = scores[member.tensor]
-            per_index = s.movedim(member.dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
+            if s.is_meta:  # no values: all ones
+                per_index = torch.full((s.shape[member.dim],), s.numel() / s.shape[member.dim], dtype=torch.float64)
+            else:
+                per_index = s.movedim(member.dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
             units = torch.from_numpy(member.units)
             here = units >= 0
             sums.index_add_(0, units[here], per_index[here])
@@ -274,8 +299,9 @@ def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
     return sums / counts if bool((counts > 0).all()) else None
 
 
-def _least(minimum: Least | Mapping[str, Least], units: Mapping[str, int]) -> dict[str, int]:
-    """Units that each axis keeps at least, of those it has."""
+def _least(minimum: Least | Mapping[str, Least], axes: Sequence[Axis]) -> dict[str, int]:
+    """Units that each axis keeps at least, of those it has: as the user wishes, and as its operators need."""
+    units = {axis.name: axis.units for axis in axes}
     found = dict.fromkeys(units, 1)
     for glob, wish in minimum.items() if isinstance(minimum, Mapping) else [("*", minimum)]:
         if not (type(wish) is int and wish >= 1) and not (type(wish) is float and 0 <= wish <= 1):
@@ -283,7 +309,7 @@ def _least(minimum: Least | Mapping[str, Least], units: Mapping[str, int]) -> di
         for name in matching([glob], units, "minimum"):
             asked = wish if isinstance(wish, int) else math.ceil(wish * units[name])
             found[name] = min(units[name], max(1, asked))
-    return found
+    return {axis.name: max(found[axis.name], axis.least) for axis in axes}
 
 
 def _rounded(count: int, total: int, multiple: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from secateur.apply.attributes import Changes, Value
+from secateur.apply.depth import DELETED, Taken
 from secateur.apply.resize import resize_
-from secateur.apply.shrink import as_program
+from secateur.apply.shrink import as_program, refit_
 from secateur.errors import DataError, MissingExtra, PlanError
 from secateur.files import read_json, replace_dir, write_atomic
 from secateur.graph.types import example_args
@@ -36,7 +38,9 @@ class Result:
 
     ``form`` is "module" where ``model`` is of the user's class, "program" where it is its rewritten program.
     ``inputs`` are the example inputs, ``source`` says where the dense model comes from, in the command line's
-    notation; "" where only the user knows.
+    notation; "" where only the user knows. ``attributes`` are the numbers that modules of the user's class had to be
+    given besides their tensors: module path -> attribute -> value. ``taken`` says how blocks were taken out of the
+    class: block -> -1 where it was deleted from its list, else the number of outputs of what is in its place.
     """
 
     model: nn.Module
@@ -45,6 +49,8 @@ class Result:
     inputs: Any
     form: str = "module"
     source: str = ""
+    attributes: Changes = field(default_factory=dict)
+    taken: Taken = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +60,8 @@ class About:
     form: str
     source: str
     aliases: dict[str, str]
+    attributes: Changes
+    taken: Taken
     inputs: Any
 
 
@@ -74,6 +82,8 @@ def save(result: Result, folder: Path | str) -> Path:
         "form": result.form,
         "source": result.source,
         "aliases": aliases,
+        "attributes": result.attributes,
+        "taken": result.taken,
         "inputs": shapes,
     }
     with replace_dir(Path(folder)) as new:
@@ -102,9 +112,11 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     dense = model if model is not None else _dense(folder, saved)
     plan.check_fits(dense)
     small = clone(dense)
-    resize_(small, plan.slices)
     if saved.form == "program":
+        resize_(small, plan.cuts)
         small = as_program(dense, plan, small, saved.inputs)
+    else:
+        refit_(small, plan, saved.attributes, saved.taken)
     state = _read(folder / WEIGHTS)
     for alias, name in saved.aliases.items():
         if name not in state or alias in state:
@@ -153,8 +165,32 @@ def _about(folder: Path) -> About:
         about["form"],
         about["source"],
         about["aliases"],
+        _attributes(about.get("attributes", {}), folder / MODEL),
+        _taken(about.get("taken", {}), folder / MODEL),
         _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL),
     )
+
+
+def _attributes(found: Any, path: Path) -> Changes:
+    """Numbers by module path and attribute; anything else is refused."""
+
+    def number(value: Any) -> Value:
+        if isinstance(value, list) and all(type(v) is int for v in value):
+            return tuple(value)
+        if type(value) in (int, float):
+            return value  # type: ignore[no-any-return]
+        raise TypeError(f"{value!r} is no number")
+
+    try:
+        return {str(path): {str(n): number(v) for n, v in values.items()} for path, values in found.items()}
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path}: attributes are damaged ({error}); the file is not of save()") from error
+
+
+def _taken(found: Any, path: Path) -> Taken:
+    if not isinstance(found, dict) or not all(type(n) is int and n >= DELETED for n in found.values()):
+        raise DataError(f"{path}: expected 'taken' to give a number for each block, found {found!r}")
+    return found
 
 
 def _read(path: Path) -> dict[str, Tensor]:

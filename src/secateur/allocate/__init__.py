@@ -63,4 +63,4 @@ def climb(
     return found
 
 
-__all__ = ["Allocation", "Counts", "Ladder", "Strategy", "best", "climb", "kth_smallest", "resolve"]
+__all__ = ["Allocation", "Counts", "Ladder", "Strategy", "Uniform", "best", "climb", "kth_smallest", "resolve"]

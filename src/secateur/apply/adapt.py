@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from secateur.apply.attributes import Changes, Sizes, read, search_, sizes, write_
 from secateur.apply.blame import Wrong, first_wrong, outputs_of, relative_error
+from secateur.apply.demands import demands
 from secateur.apply.fold import Fold, fold_, implicit, scaled, usual
 from secateur.apply.pretrained import configure, is_pretrained
 from secateur.graph.graph import Graph
@@ -24,12 +25,14 @@ class Adapted:
     """What had to change besides slicing tensors: attributes, and tensors multiplied by a factor; or ``why`` not.
 
     ``unsaved`` says, of a class that ``from_pretrained`` makes, why its configuration cannot hold the new sizes.
+    ``equal`` are groups of axes that would have to keep the same part of their units, for a class that fails to work.
     """
 
     why: str = ""
     attributes: Changes = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
     unsaved: str = ""
+    equal: tuple[tuple[str, ...], ...] = ()
 
 
 def adapt_(
@@ -68,7 +71,7 @@ class _Work:
         found = search_(self.small, self.sizes, self.inputs, self.oracle, expected, self.tolerance)
         if found.why:
             fold.undo_(self.small)
-            return Adapted(found.why)
+            return Adapted(found.why, equal=demands(self.graph, self.small, found.blamed))
         return Adapted("", found.changes, fold.factors)
 
     def configure_(self, config: Any, found: Adapted) -> Adapted:

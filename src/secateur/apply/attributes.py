@@ -201,10 +201,11 @@ def _alike(old: Any, new: Any) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """The attributes that make the class compute what the program computes; or why none do."""
+    """The attributes that make the class compute what the program computes; or why none do, and the classes to blame."""
 
     changes: Changes
     why: str
+    blamed: tuple[type[nn.Module], ...] = ()
 
 
 def search_(
@@ -221,7 +222,7 @@ def search_(
         wrong = first_wrong(model, inputs, oracle, expected, tolerance)
     if wrong is not None:
         readings.undo_()
-        return Found({}, readings.why())
+        return Found({}, readings.why(), tuple(kind for kind, slots in readings.slots.items() if slots))
     for kind, index in readings.contested():
         chosen = readings.now[kind]
         readings.read_(kind, (*chosen[:index], KEEP, *chosen[index + 1 :]))

@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from secateur.errors import PlanError, TraceError
 from secateur.graph.trace import first_line, run
 from secateur.tasks import device_of
 
-WAYS = ("deleted", "skipped")
-"""From the list that holds them; or a module that hands its input on takes their place."""
+Taken = Mapping[str, int]
+"""Block -> how it is taken out: ``DELETED`` from the list that holds it, or replaced by a ``Skip`` of so many items."""
+
+DELETED = -1
 
 _COUNT = re.compile(r"layer|block|depth")
 _NUMBER = re.compile(r"(layer|block)_?(idx|index|id|num|number)$")
@@ -39,13 +41,13 @@ class Skip(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Dropped:
-    """A model of the same class without some blocks, and the way of ``WAYS``; or why there is none, and no way.
+    """A model of the same class without some blocks, and how they were ``taken``; or ``why`` there is none.
 
     ``unsaved`` says why ``save_pretrained`` of a Hugging Face model would not be loadable, "" where it is.
     """
 
     model: nn.Module
-    way: str = ""
+    taken: Taken = field(default_factory=dict)
     why: str = ""
     unsaved: str = ""
 
@@ -60,10 +62,10 @@ def drop(
     if branches := [name for name in names if name not in given]:
         return Dropped(model, why=f"{branches[0]!r} is no module that could be taken out")
     why = ""
-    for way in WAYS:
+    for taken in (dict.fromkeys(names, DELETED), {name: given[name] for name in names}):
         attempt = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
         try:
-            drop_(attempt, names, way, given)
+            drop_(attempt, taken)
             error = relative_error(run(attempt, inputs), oracle)
         except PlanError as failure:
             why = first_line(failure)
@@ -72,7 +74,7 @@ def drop(
         else:
             if error <= tolerance:
                 unsaved = _unsaved(attempt, inputs, oracle, tolerance) if hasattr(model, "save_pretrained") else ""
-                return Dropped(attempt, way, "", unsaved)
+                return Dropped(attempt, taken, "", unsaved)
             why = f"its code computes otherwise without the blocks that go (outputs differ by {error:.2g})"
     return Dropped(model, why=why)
 
@@ -88,17 +90,16 @@ def _unsaved(model: nn.Module, inputs: Any, oracle: Any, tolerance: float) -> st
     return "" if error <= tolerance else f"its class computes something else (outputs differ by {error:.2g})"
 
 
-def drop_(model: nn.Module, names: Sequence[str], way: str, given: Mapping[str, int]) -> None:
-    """Take blocks out in one of ``WAYS``. Raises PlanError, before anything changes, where that way is not open."""
+def drop_(model: nn.Module, taken: Taken) -> None:
+    """Take blocks out. Raises PlanError, before anything changes, where that is not possible in this way."""
     modules = dict(model.named_modules())
-    if missing := [name for name in names if name not in modules]:
+    if missing := [name for name in taken if name not in modules]:
         raise PlanError(f"block {missing[0]!r} is no module of {type(model).__name__}; use the model that was pruned")
-    if way == "deleted":
-        _delete_(model, names)
-        return
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(modules[parent], leaf, Skip(given[name]))
+    _delete_(model, [name for name, items in taken.items() if items == DELETED])
+    for name, items in taken.items():
+        if items != DELETED:
+            parent, _, leaf = name.rpartition(".")
+            setattr(modules[parent], leaf, Skip(items))
 
 
 def handed(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, int]:
@@ -146,7 +147,8 @@ def _delete_(model: nn.Module, names: Sequence[str]) -> None:
         holder._modules = dict(zip(map(str, range(len(stay))), stay.values(), strict=True)) if numbered else stay
         _renumber_(model, holder, found)
         lists.append(found)
-    _configure_(model, lists)
+    if lists:
+        _configure_(model, lists)
 
 
 def _renumber_(model: nn.Module, holder: nn.Module, found: _List) -> None:

@@ -31,6 +31,11 @@ def mask_(model: nn.Module, plan: Plan) -> nn.Module:
     """``mask`` in place: the same parameters, with zeros. Ties stay tied. Nothing changes where PlanError is raised."""
     inner = plain(model)
     plan.check_fits(inner)
+    if plan.dropped:
+        raise PlanError(
+            f"the plan drops whole blocks ({plan.dropped[0]}, …), which zeros do not show: a block of zeros need not "
+            "hand its input on; use shrink(model, plan)"
+        )
     with torch.no_grad():
         for tensor, gone in _removed(inner, plan):
             tensor.masked_fill_(gone, 0)

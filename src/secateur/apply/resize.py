@@ -95,10 +95,11 @@ def _recurrent(m: nn.Module, changed: dict[str, Keep]) -> None:
     """``_flat_weights`` is what a recurrent layer really computes with."""
     assert isinstance(m, nn.RNNBase)
     m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
-    state = m.weight_hh_l0.shape[1]
-    m.input_size = m.weight_ih_l0.shape[1]
-    m.hidden_size = m.weight_hr_l0.shape[1] if m.proj_size else state
-    m.proj_size = state if m.proj_size else 0
+    w_ih, w_hh, w_hr = (getattr(m, f"weight_{kind}_l0", None) for kind in ("ih", "hh", "hr"))
+    assert w_ih is not None and w_hh is not None
+    m.input_size, m.hidden_size = w_ih.shape[1], w_hh.shape[1]
+    if w_hr is not None:  # an LSTM whose state is a projection of its hidden units
+        m.proj_size, m.hidden_size = w_hr.shape
 
 
 def _cell(m: nn.Module, changed: dict[str, Keep]) -> None:

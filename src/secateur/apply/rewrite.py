@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
+from secateur.errors import DataError
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, Op, operator_name
 from secateur.graph.rules.base import TARGET, each, schema, sizes_of
@@ -39,7 +40,41 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    _guard_(root, graph)
     return fx.GraphModule(root, graph).train(model.training)
+
+
+class Expect(nn.Module):
+    """Raises DataError where an input of a rewritten program has other sizes than it was made for; None allows any.
+
+    Without it operators would read out of bounds, or broadcast, without a word.
+    """
+
+    def __init__(self, name: str, sizes: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self.name, self.sizes = name, sizes
+
+    def forward(self, value: torch.Tensor) -> None:
+        found = tuple(value.shape)
+        fits = len(found) == len(self.sizes)
+        if not fits or any(n is not None and n != m for n, m in zip(self.sizes, found, strict=True)):
+            wanted = "x".join("any" if n is None else str(n) for n in self.sizes)
+            raise DataError(
+                f"input {self.name} has shape {'x'.join(map(str, found))}, this program was made for {wanted}; prune "
+                "with example inputs of the shape that you need"
+            )
+
+
+def _guard_(root: nn.Module, graph: fx.Graph) -> None:
+    """Let the program check its inputs before it computes anything."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for i, node in enumerate(inputs):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            sizes = tuple(n if isinstance(n, int) else None for n in value.shape)
+            root.add_module(f"secateur_input_{i}", Expect(str(node.target), sizes))
+            with graph.inserting_after(inputs[-1]):
+                graph.call_module(f"secateur_input_{i}", (node,))
 
 
 class _Writer:
@@ -55,7 +90,7 @@ class _Writer:
         self.program, self.model, self.root, self.graph, self.new = program, model, root, graph, new
         self.here: fx.Node | None = None
         self.constants = self.dropouts = 0
-        self.cut = Cut(program.engine, alive, self._constant, self._scale)
+        self.cut = Cut(program.engine, alive, self._constant, self._scale, self._contiguous)
 
     def tensor(self, node: fx.Node) -> None:
         """Point a read at the sliced tensor of the model; slice constants that only the program holds."""
@@ -114,6 +149,11 @@ class _Writer:
         assert self.here is not None
         with self.graph.inserting_before(self.here):
             return self.graph.get_attr(name)
+
+    def _contiguous(self, node: fx.Node) -> fx.Node:
+        assert self.here is not None
+        with self.graph.inserting_before(self.here):
+            return self.graph.call_function(torch.ops.aten.contiguous.default, (self.new[node],))
 
     def _scale(self, size: fx.Node, new: int, old: int) -> fx.Node:
         assert self.here is not None

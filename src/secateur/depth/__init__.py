@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 from secateur import criteria, patterns, planning
-from secateur.allocate import Allocation, Strategy
+from secateur.allocate import Allocation
 from secateur.apply.oracle import ZeroedProgram
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
@@ -32,8 +32,8 @@ from secateur.graph.trace import run
 from secateur.graph.types import Flags
 from secateur.names import Choice, chosen
 from secateur.plan import Plan
-from secateur.planning import Described, Least, assemble, describe, limit_of, measure_of, unmet
-from secateur.tasks import Task
+from secateur.planning import Described, assemble, describe, limit_of, measure_of, unmet
+from secateur.tasks import Task, plain
 
 ONLY_BLOCKS = ("influence", "reconstruction")
 """Criteria that score blocks and no single weights."""
@@ -46,28 +46,25 @@ def make(
     pattern: str = "channel",
     budget: str | None = "macs=50%",
     criterion: str | Criterion | None = None,
-    allocate: str | Strategy = "global",
     task: Task | None = None,
     ignore: Choice | Sequence[Choice] = (),
-    overrides: Mapping[str, float] | None = None,
-    minimum: Least | Mapping[str, Least] = 1,
     seed: int = 0,
+    **axes: Any,
 ) -> Plan:
     """``planning.make`` for every pattern, those that drop blocks included.
 
     criterion: by default magnitude, for blocks influence. Blocks know those of ``scores.CRITERIA``; in
     ``channel+layer`` each kind of unit takes the criterion where it knows it, its default otherwise.
     ignore: blocks too, by name; a block that holds an ignored weight stays.
-    overrides, minimum: of axes.
+    axes: further arguments of ``planning.make``, which are about units of axes: allocate, overrides, minimum, equal.
 
     Raises, besides, SpecError where a wish does not fit blocks.
     """
-    shape = patterns.parse(pattern)
-    limits: dict[str, Any] = {"overrides": overrides, "minimum": minimum}
+    model, shape = plain(model), patterns.parse(pattern)
     if not isinstance(shape, patterns.Layer | patterns.Both):
+        wishes: dict[str, Any] = {"pattern": pattern, "budget": budget, "task": task, "ignore": ignore, "seed": seed}
         by = criterion if criterion is not None else "magnitude"
-        limits |= {"budget": budget, "criterion": by, "allocate": allocate, "task": task, "ignore": ignore}
-        return planning.make(model, graph, pattern=pattern, seed=seed, **limits)
+        return planning.make(model, graph, criterion=by, **wishes, **axes)
     wish = parse_budget(budget) if budget is not None else None
     if wish is None or wish.kind == "max_drop":
         raise SpecError(f"pattern {pattern!r} needs a budget of size, such as macs=50%; found {budget!r}")
@@ -75,16 +72,15 @@ def make(
     ignored = chosen(ignore, names, model, "ignore")
     free = _free(graph, ignored)
     if isinstance(shape, patterns.Layer):
-        if overrides or minimum != 1:
-            raise SpecError("overrides and minimum count the units of axes, which pattern 'layer' does not remove")
+        if axes.get("overrides") or axes.get("minimum", 1) != 1 or axes.get("equal"):
+            raise SpecError("overrides, minimum and equal count units of axes, which pattern 'layer' does not remove")
         blocks_by = criterion if criterion is not None else "influence"
         gone = _drop(graph, wish, free, ranking(blocks_by, model, graph, free, task, seed))
-        return _plan(graph, describe(pattern, wish, blocks_by, allocate, seed), {}, free, gone)
+        return _plan(graph, describe(pattern, wish, blocks_by, "", seed), {}, free, gone)
     by = criterion if criterion is not None and criterion not in ONLY_BLOCKS else "magnitude"
     blocks_by = criterion if criterion in CRITERIA else "influence"
     rank = ranking(blocks_by, model, graph, free, task, seed)
     scores = criteria.score(model, graph, by, task, seed)
-    limits |= {"pattern": str(shape.channel), "allocate": allocate, "seed": seed}
 
     def channels(gone: Collection[str], rest: Callable[[Graph], str]) -> dict[str, Flags]:
         """The units that stay of the model without some blocks. Raises BudgetError."""
@@ -93,15 +89,17 @@ def make(
         found = planning.make(
             model,
             left,
+            pattern=str(shape.channel),
             budget=rest(left),
             criterion=lambda weight, stats: scores[stats.name],
             ignore=known.__contains__ if known else (),
-            **(_matching(limits, left) if gone else limits),
+            seed=seed,
+            **(_alive(axes, left) if gone else axes),
         )
         return {name: flags.numpy() for name, flags in found.units.items()}
 
     gone, units = _together(graph, wish, _order(free, rank), channels, Calibration(model, graph, task))
-    described = describe(pattern, wish, f"{_label(by)}+{blocks_by}", allocate, seed)
+    described = describe(pattern, wish, f"{_label(by)}+{blocks_by}", axes.get("allocate", "global"), seed)
     return _plan(graph, described, units, free, gone)
 
 
@@ -200,13 +198,16 @@ def _error(data: Calibration, gone: Collection[str], units: Mapping[str, Flags])
     return error / max(total, 1e-30)
 
 
-def _matching(limits: Mapping[str, Any], left: Graph) -> dict[str, Any]:
-    """Limits without the globs over axes that went with their blocks."""
-    axes = [a.name for a in left.axes]
-    return {
-        what: {g: v for g, v in wish.items() if fnmatch.filter(axes, g)} if isinstance(wish, Mapping) else wish
-        for what, wish in limits.items()
+def _alive(axes: Mapping[str, Any], left: Graph) -> dict[str, Any]:
+    """Wishes about axes without the globs and names of those that went with their blocks."""
+    names = [a.name for a in left.axes]
+    found = {
+        what: {glob: value for glob, value in wish.items() if fnmatch.filter(names, glob)}
+        for what, wish in axes.items()
+        if isinstance(wish, Mapping)
     }
+    equal = [[name for name in group if name in names] for group in axes.get("equal", ())]
+    return {**axes, **found, "equal": equal}
 
 
 def _label(criterion: str | Criterion) -> str:

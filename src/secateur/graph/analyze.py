@@ -25,6 +25,7 @@ from secateur.graph.rules.index import CARRIES, reads_positions
 from secateur.graph.trace import capture, source_line
 from secateur.graph.types import Declared, Weight
 from secateur.graph.zeros import vanishes
+from secateur.tasks import plain
 
 
 def analyze(
@@ -38,7 +39,8 @@ def analyze(
     """Find what can be removed from a model, and what can only be removed together.
 
     inputs: example inputs, a Tensor | tuple (positional) | dict (keyword). The model is captured with
-    ``torch.export`` in evaluation mode and is not changed.
+    ``torch.export`` in evaluation mode and is not changed; one that is compiled or wrapped for several devices is
+    followed inside.
     ties: pairs of places that must keep the same units: names of axes, or dimensions such as ``layer.weight:0``.
     free_outputs: True, or numbers of output tensors, that may lose channels, such as the features of a backbone
         that gets another head. The shape of every other output is promised to the caller.
@@ -47,6 +49,7 @@ def analyze(
     Raises TraceError where the model fails on its inputs or cannot be captured, SpecError for a tie or an output that
     is not there.
     """
+    model = plain(model)
     module = capture(model, inputs, dynamic_batch)
     if not any(True for _ in model.parameters()):
         raise TraceError(f"{type(model).__name__} has no parameters, so nothing can be pruned")
@@ -54,6 +57,7 @@ def analyze(
     walk = _Walk(module, model, declared.free_outputs)
     for node in module.graph.nodes:
         walk.visit(node)
+    walk.finish()
     program = walk.program()
     axes = gather(program, walk.weights)
     if declared.ties:
@@ -81,10 +85,19 @@ class _Walk:
         self.producers: dict[fx.Node, str] = {}  # node -> weight whose outputs it holds
         self.pointers: dict[Any, Dim] = {}  # node, or (node, output) -> the dimension that its values are positions in
         self.inexact: set[fx.Node] = set()
-        self.constants = Constants(self.module)
         self.vanishing: set[fx.Node] = set()
         self.written = written(self.module.graph)
+        self.constants = Constants(self.module, self.written)
         self.aliases, self.kinds = _canonical_names(self.model)
+
+    def finish(self) -> None:
+        """Parameters and buffers that the example inputs do not reach are there all the same, and stay as they are."""
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        for name, tensor in named:
+            if self.aliases[name] == name and name not in self.tensors:
+                dims: list[Dim] = [None] * tensor.dim()
+                kind, size = self.kinds[name], tensor.element_size()
+                self.tensors[name] = Tensors(name, dims, tuple(tensor.shape), kind, size, read=False)
 
     def program(self) -> Program:
         return Program(
@@ -127,7 +140,7 @@ class _Walk:
         self.values[node] = list(self.tensors[name].dims)
         if self.tensors[name].kind == "parameter":
             self.vanishing.add(node)
-            self.reads[node] = Read(name, tuple(range(value.dim())))
+            self.reads[node] = Read(name, tuple(range(value.dim())), tuple(value.shape))
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:

@@ -160,32 +160,42 @@ def _computed_with(program: Program) -> Flags:
 
 
 def _signatures(program: Program, slots: list[Slot]) -> NDArray[np.uint64]:
-    """Equal for atoms that show up in the same places in the same way: the sum of one random number per place."""
+    """Equal for atoms that show up in the same places as the same factor: the sum of one random number per place."""
     signature = np.zeros(program.labels, np.uint64)
     places = [(f"{name}:{d}", atoms) for name, d, atoms in slots]
     places += [(f"part {i}", program.engine.resolve(p)) for i, p in enumerate(program.engine.parts)]
     for place, atoms in places:
-        if len(atoms) == 1:
-            signature[atoms[0]] += _number(place)  # once, however often an atom occurs
-            continue
-        for (count, gap), found in _factors(atoms).items():
-            signature[found] += _number(f"{place} {count} {gap}")
-    return signature
+        signature[atoms[0] if len(atoms) == 1 else np.unique(atoms)] += _number(place)  # once, however often it occurs
+    told_apart = signature.copy()
+    for place, atoms in places:
+        for number, factor in enumerate(_factors(atoms, signature)):
+            told_apart[factor] += _number(f"{place} {number}")
+    return told_apart
 
 
 def _number(text: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
-def _factors(atoms: Atoms) -> dict[tuple[int, int], Atoms]:
-    """The factors of a product told apart by how often an atom occurs, and how far apart (heads: 1, widths: more)."""
-    columns = np.tile(np.arange(atoms.shape[1]), (len(atoms), 1))
-    order = np.lexsort((columns.ravel(), atoms.ravel()))
-    sorted_atoms, sorted_columns = atoms.ravel()[order], columns.ravel()[order]
-    found, start, count = np.unique(sorted_atoms, return_index=True, return_counts=True)
-    second = np.minimum(start + 1, len(sorted_columns) - 1)
-    gap = np.where(count > 1, sorted_columns[second] - sorted_columns[start], 0)
-    kinds: dict[tuple[int, int], Atoms] = {}
-    for kind in np.unique(np.stack([count, gap]), axis=1).T:
-        kinds[int(kind[0]), int(kind[1])] = found[(count == kind[0]) & (gap == kind[1])]
-    return kinds
+def _factors(atoms: Atoms, signature: NDArray[np.uint64]) -> list[Atoms]:
+    """The factors of a product whose atoms are otherwise alike, such as heads and their widths.
+
+    Two atoms of one factor never meet in a column, and every column holds one of each factor. Where that cannot be, as
+    in the product of an axis with itself, there is but one factor.
+    """
+    factors: list[Atoms] = []
+    kinds = signature[atoms]
+    kinds[atoms == 0] = 0
+    ordered = np.sort(kinds, axis=0)
+    for kind in np.unique(ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)]):
+        alike = np.where(kinds == kind, atoms, 0)
+        column = alike[:, np.argmax((alike != 0).sum(0))]
+        first = column[column != 0]
+        every = np.unique(alike[alike != 0])
+        apart = np.stack([~np.isin(every, alike[:, (alike == x).any(0)]) | (every == x) for x in first])
+        factor = np.zeros(int(every[-1]) + 1, np.int64)
+        factor[every] = apart.argmax(0) + 1
+        rows = np.sort(factor[alike], axis=0)
+        if (apart.sum(0) == 1).all() and not ((rows[1:] == rows[:-1]) & (rows[1:] != 0)).any():
+            factors += [every[factor[every] == i + 1] for i in range(len(first))]
+    return factors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ LARGEST = 1 << 22
 class Constants:
     """Works out integer and boolean nodes that depend on nothing but buffers and constants, on demand."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self._module = module
+    def __init__(self, module: fx.GraphModule, written: Set[fx.Node]) -> None:
+        self._module, self._written = module, written
         self._known: dict[fx.Node, torch.Tensor | None] = {}
 
     def value(self, node: fx.Node) -> torch.Tensor | None:
@@ -32,7 +33,7 @@ class Constants:
         return self._known[node]
 
     def _work_out(self, node: fx.Node) -> torch.Tensor | None:
-        if any(_writes(user) for user in node.users):
+        if node in self._written:  # what it holds depends on when it is read
             return None
         if node.op == "get_attr":
             found: Any = self._module
@@ -41,7 +42,7 @@ class Constants:
             return None if found.is_meta else found.detach().cpu()
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None
-        if _writes(node) or torch.Tag.nondeterministic_seeded in node.target.tags:
+        if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
             return None
         values = {n: self._known[n] for n in node.all_input_nodes}
         if any(v is None for v in values.values()):
@@ -58,7 +59,3 @@ def _whole(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex():
         return False
     return all(isinstance(n, int) for n in value.shape) and value.numel() <= LARGEST
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

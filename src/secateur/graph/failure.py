@@ -29,9 +29,7 @@ def require_capturable(model: Any, inputs: Any) -> None:
     for path, module in model.named_modules():
         where = f"{path} ({type(module).__name__})" if path else kind
         if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{where} is TorchScript, which has no Python code to follow; pass what it came from"
-            )
+            raise TraceError(f"{where} is TorchScript, which has no Python code to follow; pass what it came from")
         if type(module).__module__.startswith("torch.ao.nn.") and "quantized" in type(module).__module__:
             raise TraceError(f"{where} is quantized: its weights are packed integers; prune first, quantize afterwards")
     for name, tensor in model.named_parameters():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from secateur.graph.labels import Dim
-from secateur.graph.rules.base import Op, operator_name
+from secateur.graph.rules.base import Op, operator_name, sizes_of
 from secateur.graph.rules.contraction import terms
 from secateur.graph.rules.recurrent import GATES, per_layer
 
@@ -36,26 +36,41 @@ class Multiply:
 
 @dataclass(frozen=True)
 class Read:
-    """A node that is a parameter, or a part of it laid out differently: which dimension each of its dimensions is."""
+    """A node that is a parameter, or a part of it laid out differently: which dimension each of its dimensions is.
+
+    No ``dims`` where a view has merged them; a later view to the parameter's own ``shape`` brings them back.
+    """
 
     name: str
     dims: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
+_VIEWS = {"view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as"}
 _SAME = {"to", "_to_copy", "detach", "contiguous", "clone", "alias", "lift_fresh_copy", "slice", "narrow"}
+
+_COMPUTED = {"mul", "div", "add", "sub", "where", "masked_fill", "batch_norm", "_weight_norm", "tanh", "sigmoid", "abs"}
+_COMPUTED |= {"fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"}
+"""Operators that make a weight out of a parameter element by element: a mask, a norm, a grid."""
 
 
 def carried(op: Op, reads: Mapping[fx.Node, Read]) -> Read | None:
     """What the operator's output still is of a parameter."""
-    source = reads.get(op.tensors[0]) if op.tensors else None
     name = operator_name(op.node.target)
+    if name in _COMPUTED:
+        whole = [n for n in op.tensors if n in reads and sizes_of(n) == op.out]
+        return reads[whole[0]] if whole else None
+    source = reads.get(op.tensors[0]) if op.tensors else None
     if source is None:
         return None
-    dims = list(source.dims)
+    if name in _VIEWS:
+        return replace(source, dims=tuple(range(len(op.out))) if op.out == source.shape else ())
     if name in _SAME:
         return source
+    if not (dims := list(source.dims)):
+        return None
     if name in ("t", "numpy_T", "mT"):
-        return Read(source.name, tuple(dims[:-2] + dims[-2:][::-1]))
+        return replace(source, dims=tuple(dims[:-2] + dims[-2:][::-1]))
     if name == "transpose":
         i, j = op.args["dim0"], op.args["dim1"]
         dims[i], dims[j] = dims[j], dims[i]
@@ -67,7 +82,7 @@ def carried(op: Op, reads: Mapping[fx.Node, Read]) -> Read | None:
         dims.insert(op.args["dim"] % (len(dims) + 1), -1)
     else:
         return None
-    return Read(source.name, tuple(dims))
+    return replace(source, dims=tuple(dims))
 
 
 def multiply(op: Op, reads: Mapping[fx.Node, Read]) -> list[Multiply]:
@@ -90,8 +105,7 @@ def multiply(op: Op, reads: Mapping[fx.Node, Read]) -> list[Multiply]:
 
 
 def _pairs(op: Op, node: fx.Node) -> Factors:
-    sizes = op.out if node is op.node else [int(n) for n in node.meta["val"].shape]
-    return list(zip(op.of(node), sizes, strict=True))
+    return list(zip(op.of(node), sizes_of(node), strict=True))
 
 
 def _roles(op: Op, name: str, reads: Mapping[fx.Node, Read]) -> Multiply | None:
@@ -140,6 +154,7 @@ def _einsum(op: Op, reads: Mapping[fx.Node, Read]) -> Multiply:
             if letter not in factors or pair[1] > 1:
                 factors[letter] = pair
         read = reads.get(node)
+        read = read if read and read.dims else None
         kept = [d for letter, d in zip(letters, read.dims, strict=True) if letter in out] if read else []
         summed = [d for letter, d in zip(letters, read.dims, strict=True) if letter not in out] if read else []
         if read and kept and summed:

@@ -31,6 +31,7 @@ class Tensors:
     shape: tuple[int, ...]
     kind: str  # "parameter", "buffer" or "constant" (held by the program, not by the model)
     itemsize: int
+    read: bool = True  # whether the example inputs reach it
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,31 @@ class Program:
     constants: Constants
     _resolved: dict[int, tuple[Dim, Atoms]] = field(default_factory=dict, repr=False)
     _shared: dict[bytes, Atoms] = field(default_factory=dict, repr=False)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Parameters that the example inputs do not reach, so that nothing is known of how they belong together."""
+        return tuple(t.name for t in self.tensors.values() if t.kind == "parameter" and not t.read)
+
+    def alive_after(self, slices: Mapping[str, Mapping[int, Flags]]) -> Flags:
+        """One flag per label when tensors lose what ``slices`` says: a label is gone when no index of it is left."""
+        alive: Flags = np.ones(self.labels, bool)
+        for name, dims in slices.items():
+            for d, flags in dims.items():
+                atoms = self.atoms(self.tensors[name].dims[d])
+                if atoms is not None:
+                    gone = np.setdiff1d(atoms[:, ~flags], atoms[:, flags])
+                    alive[gone[gone > 0]] = False
+        return alive
+
+    def slices(self, alive: Flags) -> dict[tuple[str, int], tuple[bool, ...]]:
+        """Per tensor of the model and dimension that loses some, which indices stay."""
+        found = {}
+        for t in self.tensors.values():
+            for d, dim in enumerate(t.dims if t.kind != "constant" else ()):
+                if (atoms := self.atoms(dim)) is not None and not alive[atoms].all():
+                    found[t.name, d] = tuple(np.asarray(alive[atoms].all(0)).tolist())
+        return found
 
     def op(self, node: fx.Node) -> Op:
         """An operator as its rewrite sees it."""

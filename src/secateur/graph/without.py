@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from secateur.graph import aliases
 from secateur.graph.blocks import Span, is_alias, operands
 from secateur.graph.constants import Constants
 from secateur.graph.program import Program
@@ -21,7 +22,7 @@ def without(program: Program, spans: Iterable[Span]) -> Program:
     """
     spans = tuple(spans)
     stand_in, needed = _instead(spans), _needed(program.module.graph, spans)
-    written = {span.exit for span in spans if _written_later(span.exit)}
+    copied = {span.exit for span in spans if _written_later(span.exit)}
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
 
@@ -29,7 +30,7 @@ def without(program: Program, spans: Iterable[Span]) -> Program:
         return new[node] if node in new else new[stand_in[node]]
 
     for node in program.module.graph.nodes:
-        if node in written:  # what is written into later must not be what others still read
+        if node in copied:  # what is written into later must not be what others still read
             new[node] = graph.create_node(
                 "call_function", torch.ops.aten.clone.default, (place(node),), name=f"skip_{node.name}"
             )
@@ -44,7 +45,7 @@ def without(program: Program, spans: Iterable[Span]) -> Program:
         values={new[node]: value for node, value in program.values.items() if node in new},
         pointers={_moved(key, new): dim for key, dim in program.pointers.items() if _moved(key, new)},
         inexact=frozenset(new[node] for node in program.inexact if node in new),
-        constants=Constants(module),
+        constants=Constants(module, aliases.written(module.graph)),
     )
 
 

@@ -49,7 +49,8 @@ def size(symbol: Any) -> int:
     if symbol.node.has_hint():
         return int(symbol.node.hint)
     expression = symbol.node.expr
-    return int(expression.subs({s: UNKNOWN + 2 * (crc32(str(s).encode()) % 4096) for s in expression.free_symbols}))
+    number = expression.subs({s: UNKNOWN + 2 * (crc32(str(s).encode()) % 4096) for s in expression.free_symbols})
+    return int(number) if number.is_integer and number > 1 else UNKNOWN + crc32(str(expression).encode()) % 4096
 
 
 def each(value: Value) -> tuple[Dims, ...]:
@@ -131,6 +132,7 @@ class Cut:
     alive: NDArray[np.bool_]
     constant: Callable[[torch.Tensor], fx.Node]
     scale: Callable[[fx.Node, int, int], fx.Node]  # (size, new, old) -> size * new // old, for symbolic sizes
+    contiguous: Callable[[fx.Node], fx.Node] = lambda node: node  # a copy without gaps, where strides matter
 
     def kept(self, dim: Dim, size: int) -> NDArray[np.int64]:
         """Indices of the dimension that stay."""

@@ -27,7 +27,10 @@ def _convolve(op: Op, out_dim: int) -> Value:
     x, w, groups = op.dims("input"), op.dims("weight"), int(op.args["groups"])
     space = len(w) - 2
     channel = len(x) - space - 1
-    x = op.keep_leading(x, space)
+    over = [d for d in range(space) if not _pointwise(op, d)]
+    for d in over:
+        op.labels.freeze(x[channel + 1 + d], f"spatial dimension of {op.where}")
+    around: Dims = [None if d in over else x[channel + 1 + d] for d in range(space)]
     for kernel in w[2:]:
         op.labels.freeze(kernel, KERNEL)
     n_in, n_w = op.sizes("input")[channel], op.sizes("weight")[0]
@@ -48,7 +51,18 @@ def _convolve(op: Op, out_dim: int) -> Value:
         out = op.labels.merge([by_group, w[1]], [groups, op.sizes("weight")[1]])
     if op.args["bias"] is not None:
         op.labels.unite(out, op.dims("bias")[0], op.where)
-    return [*x[:channel], out, *[None] * space]
+    return [*x[:channel], out, *around]
+
+
+def _pointwise(op: Op, d: int) -> bool:
+    """Whether every position of spatial dimension ``d`` is computed from itself alone."""
+
+    def at(name: str, default: int) -> Any:
+        value = op.args.get(name, default)
+        return value[min(d, len(value) - 1)] if isinstance(value, (list, tuple)) and value else value
+
+    plain = at("stride", 1) == 1 and at("padding", 0) in (0, "same", "valid") and at("output_padding", 0) == 0
+    return plain and op.sizes("weight")[2 + d] == 1
 
 
 def rewrite_groups(op: Op, cut: Cut) -> dict[str, Any]:

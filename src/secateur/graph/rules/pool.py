@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
-from secateur.graph.rules.base import Op, Rewrite, Rule, Value, operator_name
+from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, Value, operator_name
 
 _POOLS = """
 max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
@@ -101,6 +102,11 @@ def view_as_complex(op: Op) -> Value:
     return x
 
 
+def rewrite_view_as_complex(op: Op, cut: Cut) -> dict[str, Any]:
+    """Pairs must lie next to each other, which slicing may have undone."""
+    return {"self": cut.contiguous(op.args["self"])}
+
+
 def view_as_real(op: Op) -> Value:
     return [*op.dims("self"), None]
 
@@ -123,4 +129,4 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_WITH_INDICES.split(), grid_with_indices),
     "pixel_shuffle": pixel_shuffle,
 }
-REWRITES: dict[str, Rewrite] = {}
+REWRITES: dict[str, Rewrite] = {"view_as_complex": rewrite_view_as_complex}

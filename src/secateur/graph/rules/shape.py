@@ -86,7 +86,10 @@ def rewrite_repeat(op: Op, cut: Cut) -> dict[str, Any]:
     x, sizes = _padded(op, len(op.out))
     kept = [len(cut.kept(d, n)) for d, n in zip(x, sizes, strict=True)]
     new = [n // k for n, k in zip(cut.shape(op), kept, strict=True)]
-    return {"repeats": [n if isinstance(a, int) else a for a, n in zip(op.args["repeats"], new, strict=True)]}
+    name = "repeats" if "repeats" in op.args else "dims"
+    asked = op.args[name]
+    new = new[len(new) - len(asked) :]  # tile may name fewer dimensions than there are
+    return {name: [n if isinstance(a, int) else a for a, n in zip(asked, new, strict=True)]}
 
 
 def flip(op: Op) -> Value:
@@ -112,7 +115,7 @@ def repeat_interleave(op: Op) -> Value:
 def rewrite_repeat_interleave(op: Op, cut: Cut) -> dict[str, Any]:
     d = op.dim()
     kept = len(cut.kept(op.dims("self")[d], op.sizes("self")[d]))
-    return {"repeats": cut.shape(op)[d] // kept}
+    return {"repeats": cut.shape(op)[d] // kept, "output_size": None}
 
 
 def move(op: Op) -> Value:
@@ -150,7 +153,7 @@ RULES: dict[str, Rule] = {
     "squeeze": squeeze,
     "unsqueeze": unsqueeze,
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
-    "repeat": repeat,
+    **dict.fromkeys(("repeat", "tile"), repeat),
     "flip": flip,
     "repeat_interleave": repeat_interleave,
     "movedim": move,
@@ -159,6 +162,6 @@ RULES: dict[str, Rule] = {
 }
 REWRITES: dict[str, Rewrite] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "unflatten", "expand", "broadcast_to"), rewrite_view),
-    "repeat": rewrite_repeat,
+    **dict.fromkeys(("repeat", "tile"), rewrite_repeat),
     "repeat_interleave": rewrite_repeat_interleave,
 }

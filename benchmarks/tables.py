@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -81,6 +82,30 @@ def _real(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         )
 
 
+def _zoo(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """Outcomes per list of models, beside those of other tools."""
+    outcomes = ("law", "forward", "less", "nothing", "refused", "wrong", "crash", "hang")
+    yield (
+        *("models", "tool", "number", "law holds", "runs, not checked", "less removed than asked", "nothing removed"),
+        *("refused", "wrong", "crash", "hang", "99 % reachable"),
+    )
+    tools = {"Secateur": rows} | {name: common.rows(f"zoo_{name}") for name in ("torch-pruning", "torch-kirigami")}
+    for group in ("timm", "hf", "torchvision"):
+        for tool, found in tools.items():
+            mine = [row for key, row in found.items() if key.startswith(f"{group}/")]
+            counts = Counter(_outcome(row) for row in mine)
+            far = str(sum(row.get("reachable", 0) >= 0.99 for row in mine)) if tool == "Secateur" else "-"
+            yield (group, tool, str(len(mine)), *(str(counts[outcome]) for outcome in outcomes), far)
+
+
+def _outcome(row: Row) -> str:
+    """The column of a row. Where much less was removed than the 40 % asked for, that is said in place of the law."""
+    outcome = str(row["outcome"])
+    if outcome == "frozen":
+        return "less" if "left" in row else "nothing"
+    return "less" if outcome in ("law", "forward") and row["left"] > 0.65 else outcome
+
+
 def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     """Every field, as it is."""
     heads = list(next(iter(rows.values())))
@@ -99,6 +124,7 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "first_road": _roads,
     "analyze_cost": _analyze,
     "cost_global": _plain,
+    "zoo": _zoo,
     "real_nets": _real,
 }
 

@@ -56,7 +56,7 @@ def prepare() -> None:
     """Import and warm up what every child process needs, once; one thread each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    zoo_models.import_torchvision()
+    common.torchvision()  # before timm, which imports it
     import timm  # noqa: F401
     import transformers
 

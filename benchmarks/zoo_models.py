@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+import common
+
 Built = tuple[nn.Module, Any]
 
 
@@ -152,22 +154,6 @@ def timm_models() -> list[Entry]:
 # --- torchvision -----------------------------------------------------------------------------------
 
 
-def import_torchvision() -> Any:
-    """The torchvision package. Its wheel for CUDA does not load its operators on a CPU-only torch.
-
-    Then importing fails on the schemas of two operators; they are declared here, and stay so for the process.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-    return torchvision
-
-
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-
 VISION = {
     "alexnet": 96, "convnext_tiny": 96, "densenet121": 96, "efficientnet_b0": 96, "efficientnet_v2_s": 96,
     "googlenet": 96, "inception_v3": 139, "maxvit_t": 224, "mnasnet0_5": 96, "mobilenet_v2": 96,
@@ -193,20 +179,20 @@ class Detector(nn.Module):
 
 def torchvision_models() -> list[Entry]:
     def classifier(name: str, side: int) -> Built:
-        models = import_torchvision().models
+        models = common.torchvision().models
         extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, **extra), torch.randn(2, 3, side, side)
 
     def segmenter(name: str) -> Built:
-        models = import_torchvision().models
+        models = common.torchvision().models
         return models.get_model(name, weights=None, weights_backbone=None), torch.randn(2, 3, 96, 96)
 
     def detector(name: str) -> Built:
-        models = import_torchvision().models
+        models = common.torchvision().models
         return Detector(models.get_model(name, weights=None, weights_backbone=None)), torch.randn(2, 3, 128, 128)
 
     def film(name: str, side: int) -> Built:
-        models = import_torchvision().models
+        models = common.torchvision().models
         return models.get_model(name, weights=None), torch.randn(2, 3, 16, side, side)
 
     found = [Entry("torchvision", n, lambda n=n, s=s: classifier(n, s)) for n, s in VISION.items()]  # type: ignore[misc]

@@ -71,10 +71,10 @@ def judge(found: Tensor, dense: Tensor, zeroed: Tensor, inexact: bool) -> Row:
     if found.shape != dense.shape:
         return {"outcome": "wrong", "message": f"the output became {tuple(found.shape)}, was {tuple(dense.shape)}"}
     error = float((found - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-12))
-    if inexact:
-        return {"outcome": "forward", "error": error}
     if error <= WRONG:
         return {"outcome": "law", "error": error}
+    if inexact:
+        return {"outcome": "forward", "error": error}
     return {"outcome": "wrong", "error": error, "message": f"differs from the zeroed original by {error:.2g}"}
 
 
@@ -123,7 +123,7 @@ def norms_cut(dense: nn.Module, kept: dict[str, Tensor]) -> bool:
     for path, module in dense.named_modules():
         kind = type(module).__name__
         if "Norm" in kind and "BatchNorm" not in kind:
-            for name, parameter in module.named_parameters(path):
+            for name, parameter in module.named_parameters(path, recurse=False):
                 if name in kept and kept[name].numel() < parameter.numel():
                     return True
     return False

@@ -59,6 +59,20 @@ def test_a_table_is_written_between_its_markers(results: Path) -> None:
     assert tables.fill(filled) == filled
 
 
+def test_the_zoo_is_counted_per_list_and_tool(results: Path) -> None:
+    law = {"outcome": "law", "left": 0.6, "reachable": 1.0}
+    stuck, less = {"outcome": "frozen", "reachable": 0.2}, {"outcome": "frozen", "left": 0.8, "reachable": 0.9}
+    common.save("zoo", {"timm/a": law, "timm/b": stuck, "timm/c": less, "hf/a": law | {"outcome": "wrong"}})
+    common.save("zoo_torch-pruning", {"timm/a": {"outcome": "forward", "left": 0.9}, "timm/b": {"outcome": "hang"}})
+    lines = tables.fill("<!-- table:zoo -->\n<!-- end -->").splitlines()
+    cells = {
+        tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ")[2:] for line in lines if "|" in line
+    }
+    assert cells["timm", "Secateur"] == ["3", "1", "0", "1", "1", "0", "0", "0", "0", "1"]
+    assert cells["hf", "Secateur"] == ["1", "0", "0", "0", "0", "0", "1", "0", "0", "1"]
+    assert cells["timm", "torch-pruning"] == ["2", "0", "0", "1", "0", "0", "0", "0", "1", "-"]
+
+
 def test_missing_results_are_said(results: Path) -> None:
     assert "No results yet." in tables.fill("<!-- table:first_road -->\n<!-- end -->")
 

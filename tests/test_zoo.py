@@ -14,6 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import common
 import zoo_models
 from zoo_law import law_row
 
@@ -42,7 +43,8 @@ TORCHVISION = ("shufflenet_v2_x0_5",)
 
 @pytest.fixture(scope="module")
 def entries() -> dict[str, zoo_models.Entry]:
-    zoo_models.import_torchvision()
+    if common.torchvision() is None:
+        pytest.skip("torchvision is not installed")
     for package in ("timm", "transformers"):
         pytest.importorskip(package)
     return {entry.key: entry for entry in zoo_models.entries()}

@@ -63,6 +63,17 @@ def low_rank_outer_sum():
     return Net(body, a=nn.Linear(6, 5), b=nn.Linear(6, 4), c=nn.Linear(20, 3))
 
 
+@case(39, free=[8, 7], inputs=vectors(), inexact=True)
+def gates_multiplied_and_summed():
+    """No factor of the sum is zero where its weights are: the sigmoid of zero is a half."""
+
+    def body(s, x):
+        a, b, c = torch.sigmoid(s.a(x)), torch.sigmoid(s.b(x)), torch.sigmoid(s.c(x))
+        return s.d(torch.einsum("bij,bi->bj", torch.einsum("bi,bj->bij", a, b), c))
+
+    return Net(body, a=nn.Linear(6, 8), b=nn.Linear(6, 7), c=nn.Linear(6, 8), d=nn.Linear(7, 3))
+
+
 @case(52, free=[16, 10, 24, 10, 24], inexact=True)
 def mlp_mixer():
     def body(s, x):

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from secateur.graph.rules.base import Op, operator_name
+from secateur.graph.rules.base import Op, operator_name, sizes_of
+from secateur.graph.rules.contraction import terms
 
 _KEEPS = """
 abs alias asin asinh atan cat celu chunk clone col2im constant_pad_nd contiguous copy detach dropout elu erf expand
@@ -28,17 +29,17 @@ _WEIGHED = {
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
-    "einsum",
 }
-_WEIGHED |= {"matmul", "mm", "bmm", "addmm", "baddbmm", "embedding", "scaled_dot_product_attention", "bilinear"}
+_WEIGHED |= {"addmm", "baddbmm", "embedding", "scaled_dot_product_attention", "bilinear"}
+_PRODUCTS = {"mul", "multiply", "matmul", "mm", "bmm", "einsum"}
 _NORMS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"}
 
 
 def vanishes(op: Op, vanishing: Set[Any]) -> bool:
     """Whether the operator's output is zero wherever what its units consist of is zero. No, where that is not known."""
     name = operator_name(op.node.target)
-    if name in ("mul", "multiply"):
-        return any(n in vanishing for n in op.tensors)
+    if name in _PRODUCTS:
+        return _follows(op, name, vanishing)
     if name in ("div", "true_divide", "divide"):
         return op.args["self"] in vanishing
     if name in _NORMS:
@@ -48,3 +49,27 @@ def vanishes(op: Op, vanishing: Set[Any]) -> bool:
     if name in _WEIGHED:
         return True
     return name in _KEEPING and bool(op.tensors) and all(n in vanishing for n in op.tensors)
+
+
+def _follows(op: Op, name: str, vanishing: Set[Any]) -> bool:
+    """Whether a product is zero along each of its dimensions, because a factor that has this dimension is."""
+    rank = len(op.out)
+    if name == "einsum":
+        operands, out = terms(op)
+        places = [[out.index(t) if t in out else None for t in letters] for letters in operands]
+        factors = list(zip(op.args["tensors"], places, strict=True))
+    else:
+        ranks = [len(sizes_of(n)) for n in op.tensors]
+        if name not in ("mul", "multiply") and min(ranks) < 2:
+            return all(n in vanishing for n in op.tensors)
+        aligned = [list[int | None](range(rank - r, rank)) for r in ranks]
+        if name not in ("mul", "multiply"):  # what is summed over is no dimension of the product
+            aligned[0][-1] = aligned[-1][-2] = None
+        factors = list(zip(op.tensors, aligned, strict=True))
+    zero = {
+        place
+        for node, places in factors
+        for place, size in zip(places, sizes_of(node), strict=True)
+        if node in vanishing and size > 1
+    }
+    return all(dim is None or place in zero for place, dim in enumerate(op.of(op.node)))

@@ -201,7 +201,7 @@ def _alike(old: Any, new: Any) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """The attributes that make the class compute what the program computes; or why none do, and the classes to blame."""
+    """The attributes that make the class compute what the program computes; or why none do, and whom to blame."""
 
     changes: Changes
     why: str

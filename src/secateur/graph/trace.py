@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from secateur.errors import TraceError
 from secateur.graph.failure import place, require_capturable
 from secateur.graph.inline import inline_
+from secateur.graph.rephrase import rephrase_
 from secateur.graph.shuffle import fuse_shuffles_
 from secateur.graph.types import example_args
 from secateur.tasks import call, mode
@@ -82,6 +83,7 @@ def _export(model: nn.Module, inputs: Any, tokens: bool | None) -> fx.GraphModul
     assert isinstance(module, fx.GraphModule)
     inline_(module)
     fuse_shuffles_(module.graph)
+    rephrase_(module.graph)
     module.recompile()
     return module
 

@@ -111,7 +111,7 @@ def _pairs(op: Op, node: fx.Node) -> Factors:
 def _roles(op: Op, name: str, reads: Mapping[fx.Node, Read]) -> Multiply | None:
     """The operator's weight (or second factor), its dimensions of outputs and inputs, and what is summed over."""
     out = _pairs(op, op.node)
-    if name.startswith("conv") and "weight" in op.args:
+    if (name.startswith("conv") or name == "torchvision::deform_conv2d") and "weight" in op.args:
         weight = op.args["weight"]
         w = list(zip(op.dims("weight"), op.sizes("weight"), strict=True))
         if "transpose" in name:  # every input value meets out/groups x kernel weights

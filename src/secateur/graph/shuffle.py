@@ -14,7 +14,7 @@ _VIEWS = {"view", "reshape", "_unsafe_view"}
 
 
 def fuse_shuffles_(graph: fx.Graph) -> None:
-    """Replace (n, gc, *s) -> (n, g, c, *s) -> transpose(1, 2) -> (n, gc, *s), where nothing else reads what is between."""
+    """Replace (n, gc, *s) -> (n, g, c, *s) -> transpose(1, 2) -> (n, gc, *s), where nothing else reads the middle."""
     for node in list(graph.nodes):
         if (groups := _groups(node)) is None:
             continue

@@ -23,12 +23,13 @@ from secateur.graph.rules import (
     recurrent,
     reduce,
     shape,
+    vision,
 )
 from secateur.graph.rules.base import Cut, Op, Rewrite, Rule, operator_name
 
 _FAMILIES = (
     pointwise, contraction, norm, pool, reduce, shape, join, attention, generate, index, recurrent, cell, gate,
-    quantize,
+    quantize, vision,
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {name: rule for family in _FAMILIES for name, rule in family.RULES.items()}

@@ -24,7 +24,7 @@ def conv_transpose(op: Op) -> Value:
 
 
 def _convolve(op: Op, out_dim: int) -> Value:
-    x, w, groups = op.dims("input"), op.dims("weight"), int(op.args["groups"])
+    x, w = op.dims("input"), op.dims("weight")
     space = len(w) - 2
     channel = len(x) - space - 1
     over = [d for d in range(space) if not _pointwise(op, d)]
@@ -33,25 +33,30 @@ def _convolve(op: Op, out_dim: int) -> Value:
     around: Dims = [None if d in over else x[channel + 1 + d] for d in range(space)]
     for kernel in w[2:]:
         op.labels.freeze(kernel, KERNEL)
-    n_in, n_w = op.sizes("input")[channel], op.sizes("weight")[0]
+    out = channels(op, x[channel], op.sizes("input")[channel], out_dim)
+    return [*x[:channel], out, *around]
+
+
+def channels(op: Op, x: Dim, n: int, out_dim: int = 0) -> Dim:
+    """Tie a convolution's weight and bias to ``n`` input channels; the labels of its output channels."""
+    w, groups, rows = op.dims("weight"), int(op.args["groups"]), op.sizes("weight")[0]
     if groups == 1:
-        op.labels.unite(x[channel], w[1 - out_dim], op.where)
+        op.labels.unite(x, w[1 - out_dim], op.where)
         out = w[out_dim]
     elif out_dim == 0:
-        xs = op.labels.split(x[channel], [groups, n_in // groups], op.where)
-        ws = op.labels.split(w[0], [groups, n_w // groups], op.where)
-        op.labels.unite(xs[0], ws[0], op.where)
-        op.labels.call(xs[0] if n_in > groups else None, "groups")
-        if n_in > groups:
+        xs = op.labels.split(x, [groups, n // groups], op.where)
+        op.labels.unite(xs[0], op.labels.split(w[0], [groups, rows // groups], op.where)[0], op.where)
+        op.labels.call(xs[0] if n > groups else None, "groups")
+        if n > groups:
             op.labels.unite(xs[1], w[1], op.where)
         out = w[0]
     else:
-        op.labels.unite(x[channel], w[0], op.where)
-        by_group = op.labels.split(w[0], [groups, n_w // groups], op.where)[0]
+        op.labels.unite(x, w[0], op.where)
+        by_group = op.labels.split(w[0], [groups, rows // groups], op.where)[0]
         out = op.labels.merge([by_group, w[1]], [groups, op.sizes("weight")[1]])
     if op.args["bias"] is not None:
         op.labels.unite(out, op.dims("bias")[0], op.where)
-    return [*x[:channel], out, *around]
+    return out
 
 
 def _pointwise(op: Op, d: int) -> bool:

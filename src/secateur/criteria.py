@@ -10,13 +10,14 @@ Patterns pool these scores into units, so every criterion works with every patte
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import DataError
 from secateur.graph.graph import Graph
+from secateur.graph.types import Axis, Member
 from secateur.recipe import choose
 from secateur.stats import Stats, collect
 from secateur.tasks import Task
@@ -94,16 +95,29 @@ def score(
     A weight without values (on device meta) has none either: it stands for itself, and counts as ones.
     Raises DataError for weights that are NaN or infinite, and for scores that are so or of another shape.
     """
+    return dict(each_score(model, graph, criterion, task, seed, names))
+
+
+def each_score(
+    model: nn.Module,
+    graph: Graph,
+    criterion: str | Criterion = "magnitude",
+    task: Task | None = None,
+    seed: int = 0,
+    names: Iterable[str] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """``score``, one weight at a time, so that no more than one weight's scores need to be held."""
     function = resolve(criterion)
     parameters = dict(model.named_parameters())
     wanted = list(graph.weights) if names is None else list(names)
-    real = [name for name in wanted if not parameters[name].is_meta]
-    for name in real:
+    for name in (name for name in wanted if not parameters[name].is_meta):
         _require_finite(parameters[name].detach(), f"weight {name!r}", "repair or retrain it before pruning")
     stats = collect(model, graph, getattr(function, "needs", ()), task, seed)
-    scores = {name: parameters[name].detach() for name in wanted if parameters[name].is_meta}
-    for name in real:
+    for name in wanted:
         weight = parameters[name].detach()
+        if weight.is_meta:
+            yield name, weight
+            continue
         found = function(weight, stats[name])
         if not isinstance(found, Tensor) or found.shape != weight.shape:
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -111,8 +125,39 @@ def score(
         if not found.is_floating_point():
             raise DataError(f"criterion {_label(criterion)} gave {found.dtype} for {name!r}, expected floating point")
         _require_finite(found, f"the scores of {name!r} by {_label(criterion)}", "expected finite numbers")
-        scores[name] = found.detach().contiguous()
-    return scores
+        yield name, found.detach().contiguous()
+
+
+def pool_units(axes: Sequence[Axis], scores: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """One score per unit of each axis: the mean score of all weights that go with it, float64.
+
+    Producing rows and consuming columns count alike. An axis of which some unit has no scored weight is left out. One
+    weight's scores are held at a time, where they come so.
+    """
+    places: dict[str, list[tuple[str, Member]]] = {}
+    for axis in axes:
+        for member in axis.members:
+            places.setdefault(member.tensor, []).append((axis.name, member))
+    sums = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in axes}
+    counts = {name: torch.zeros_like(zeros) for name, zeros in sums.items()}
+    for tensor, s in scores:
+        per_index = {dim: _per_index(s, dim) for dim in {member.dim for _, member in places.get(tensor, ())}}
+        for name, member in places.get(tensor, ()):
+            units = torch.from_numpy(member.units)
+            here = units >= 0
+            found = per_index[member.dim][here]
+            sums[name].index_add_(0, units[here], found)
+            counts[name].index_add_(0, units[here], torch.full_like(found, s.numel() / len(here)))
+    return {name: total / counts[name] for name, total in sums.items() if bool((counts[name] > 0).all())}
+
+
+def _per_index(scores: Tensor, dim: int) -> Tensor:
+    """The sum of the scores at each index of a dimension, float64; ones where there are no values (device meta)."""
+    if scores.is_meta:
+        return torch.full((scores.shape[dim],), scores.numel() / scores.shape[dim], dtype=torch.float64)
+    others = [d for d in range(scores.ndim) if d != dim]  # none: an empty list would sum everything
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return (scores.sum(others, dtype=wide) if others else scores).double().cpu()
 
 
 def _label(criterion: str | Criterion) -> str:

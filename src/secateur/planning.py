@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from importlib import metadata
 
@@ -16,7 +16,7 @@ from secateur.allocate import Allocation, Counts, Strategy, Uniform, best, climb
 from secateur.allocate import resolve as resolve_strategy
 from secateur.budget import Budget, kept_count
 from secateur.budget import parse as parse_budget
-from secateur.criteria import Criterion, score
+from secateur.criteria import Criterion, each_score, pool_units, score
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph.graph import Graph
 from secateur.graph.types import Axis, Cost, Flags
@@ -74,10 +74,9 @@ def make(
     if isinstance(shape, Channel):
         if wish is None:
             raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
-        scores = score(model, graph, criterion, task, seed)
-        least = _least(minimum, graph.axes)
-        groups = together.known(equal, [a.name for a in graph.axes])
-        return _channels(graph, shape, wish, scores, strategy, ignored, fixed, least, groups, described)
+        limits = (ignored, fixed, _least(minimum, graph.axes), together.known(equal, [a.name for a in graph.axes]))
+        units = each_score(model, graph, criterion, task, seed)
+        return _channels(graph, shape, wish, units, strategy, *limits, described)
     if minimum != 1 or equal:
         given = f"minimum={minimum!r}" if minimum != 1 else f"equal={equal!r}"
         raise SpecError(f"{given} counts units, which pattern {pattern!r} does not remove; leave it out")
@@ -205,7 +204,7 @@ def _channels(
     graph: Graph,
     pattern: Channel,
     wish: Budget,
-    scores: Mapping[str, Tensor],
+    scores: Iterable[tuple[str, Tensor]],
     strategy: Strategy,
     ignored: set[str],
     overrides: Mapping[str, float],
@@ -214,7 +213,7 @@ def _channels(
     described: Described,
 ) -> Plan:
     free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
-    pooled = {a.name: s for a in free if (s := pool_units(a, scores)) is not None}
+    pooled = pool_units(free, scores)
     if not pooled:
         reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
         raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
@@ -277,26 +276,6 @@ def _give_back(
         else:
             waiting.remove(name)  # nor will it fit later, with less room
     return kept
-
-
-def pool_units(axis: Axis, scores: Mapping[str, Tensor]) -> Tensor | None:
-    """One score per unit of the axis: the mean score of all weights that go with it, float64.
-
-    Producing rows and consuming columns count alike. None where no scored weight is among the members.
-    """
-    sums, counts = torch.zeros(axis.units, dtype=torch.float64), torch.zeros(axis.units, dtype=torch.float64)
-    for member in axis.members:
-        if member.tensor in scores:
-            s = scores[member.tensor]
-            if s.is_meta:  # no values: all ones
-                per_index = torch.full((s.shape[member.dim],), s.numel() / s.shape[member.dim], dtype=torch.float64)
-            else:
-                per_index = s.movedim(member.dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
-            units = torch.from_numpy(member.units)
-            here = units >= 0
-            sums.index_add_(0, units[here], per_index[here])
-            counts.index_add_(0, units[here], torch.full_like(per_index[here], s.numel() / len(per_index)))
-    return sums / counts if bool((counts > 0).all()) else None
 
 
 def _least(minimum: Least | Mapping[str, Least], axes: Sequence[Axis]) -> dict[str, int]:

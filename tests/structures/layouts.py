@@ -222,7 +222,7 @@ def linear_to_a_channels_last_map():
     return Net(body, a=nn.Linear(7, 96), b=conv(6, 12), c=conv(12, 3))
 
 
-@case(23, free=[6, 4, 6])
+@case(23, free=[6, 4])
 def autoencoder_through_a_vector():
     def body(s, x):
         x = F.relu(s.a(x))

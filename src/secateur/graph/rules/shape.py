@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value
+from secateur.graph.rules.base import Cut, Dims, Op, Rewrite, Rule, Value, operator_name
 
 
 def view(op: Op) -> Value:
@@ -62,6 +62,15 @@ def expand(op: Op) -> Value:
     out = op.out
     x, sizes = _padded(op, len(out))
     return [op.labels.fresh(n) if n != size else dim for dim, size, n in zip(x, sizes, out, strict=True)]
+
+
+def like_other(op: Op) -> Value:
+    """``view_as``, ``reshape_as``, ``expand_as``: the sizes are those of another tensor, and stay so."""
+    out = expand(op) if operator_name(op.node.target) == "expand_as" else view(op)
+    assert isinstance(out, list)
+    for mine, other in zip(out, op.dims("other"), strict=True):
+        op.labels.unite(mine, other, op.where)
+    return out
 
 
 def _padded(op: Op, rank: int) -> tuple[Dims, tuple[int, ...]]:
@@ -146,13 +155,14 @@ def whole(op: Op) -> Value:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as"), view),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), view),
     "permute": permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
     **dict.fromkeys(("t", "numpy_T", "mT", "adjoint"), matrix_transpose),
     "squeeze": squeeze,
     "unsqueeze": unsqueeze,
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    **dict.fromkeys(("expand", "broadcast_to"), expand),
+    **dict.fromkeys(("view_as", "reshape_as", "expand_as"), like_other),
     **dict.fromkeys(("repeat", "tile"), repeat),
     "flip": flip,
     "repeat_interleave": repeat_interleave,

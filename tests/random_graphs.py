@@ -111,7 +111,7 @@ def normalize(net: Drawn, i: int) -> None:
     else:
         norms = [
             nn.BatchNorm2d(c),
-            nn.InstanceNorm2d(c, affine=True),
+            *([nn.InstanceNorm2d(c, affine=True)] if net.shapes[i][-1] > 1 else []),
             *[nn.GroupNorm(g, c) for g in (1, 2, 3) if c % g == 0],
         ]
         net._module("norm", net.draw.choice(norms), i)

@@ -58,9 +58,9 @@ class Expect(nn.Module):
         found = tuple(value.shape)
         fits = len(found) == len(self.sizes)
         if not fits or any(n is not None and n != m for n, m in zip(self.sizes, found, strict=True)):
-            wanted = "x".join("any" if n is None else str(n) for n in self.sizes)
+            wanted = ", ".join("any" if n is None else str(n) for n in self.sizes)
             raise DataError(
-                f"input {self.name} has shape {'x'.join(map(str, found))}, this program was made for {wanted}; prune "
+                f"input {self.name} has shape {list(found)}, this program was made for [{wanted}]; prune "
                 "with example inputs of the shape that you need"
             )
 

@@ -58,8 +58,12 @@ def mistake(*words: str) -> str:
 def test_inspect_lists_axes_and_why_some_are_frozen() -> None:
     found = json.loads(secateur("inspect", "small.py:net", *SHAPE, "--json").stdout)
     axes = {axis["axis"]: axis for axis in found["axes"]}
-    assert axes["0"] == {"axis": "0", "units": 8, "frozen": "", "parameters": 8 * 27 + 2 * 8 + 8 * 72}
+    parameters, macs = 8 * 27 + 2 * 8 + 8 * 72, 64 * (8 * 27 + 8 * 72)
+    half = {"parameters": parameters // 2, "macs": macs // 2}
+    shown = {"axis": "0", "units": 8, "frozen": "", "parameters": parameters, "macs": macs, "half": half}
+    assert axes["0"] == shown
     assert "output" in axes["7"]["frozen"]
+    assert axes["7"]["half"] is None
     assert found["params"] == 8 * 27 + 16 + 8 * 72 + 8 + 4 * 8 + 4
     table = secateur("inspect", "small.py:net", *SHAPE).stdout
     assert "frozen: model output" in table
@@ -93,6 +97,16 @@ def test_prune_writes_a_directory_that_the_other_verbs_read() -> None:
     assert Path(path).is_file()
 
 
+def test_minimum_tie_and_free_output_reach_the_plan() -> None:
+    words = ["small.py:net", *SHAPE, "--budget", "threshold=1000", "--out", "out", "--json"]
+    limits = ["--minimum", "3", "--minimum", "3=50%", "--free-output", "0"]
+    report = json.loads(secateur("prune", *words, *limits).stdout)
+    after = {layer["name"]: layer["after"][0] for layer in report["layers"]}
+    assert after == {"0.weight": 3, "3.weight": 4, "7.weight": 3}
+    axes = json.loads(secateur("inspect", "small.py:net", *SHAPE, "--tie", "0=3.weight:0", "--json").stdout)["axes"]
+    assert [axis["units"] for axis in axes if not axis["frozen"]] == [8]
+
+
 def test_ignore_and_override_reach_the_plan() -> None:
     words = ["small.py:net", *SHAPE, "--pattern", "unstructured", "--budget", "sparsity=50%", "--out", "out", "--json"]
     report = json.loads(secateur("prune", *words, "--ignore", "7.weight", "--override", "0.*=25%").stdout)
@@ -105,6 +119,8 @@ def test_ignore_and_override_reach_the_plan() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["inspect", "small.py:net", *SHAPE, "--tie", "0"], "expected two places, such as left.weight:0=right"),
+        (["prune", "small.py:net", *SHAPE, "--out", "out", "--minimum", "some"], "expected 16, 25% or such as"),
         (["inspect", "nowhere", *SHAPE], "model 'nowhere' is none of timm:NAME"),
         (["inspect", "small.py:net"], "give its shape as --input 1x3x32x32, or --data"),
         (["inspect", "small.py:net", "--input", "1,3"], "input shape '1,3' cannot be read"),

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
 from secateur.errors import PruneError, SpecError
@@ -19,7 +16,6 @@ from secateur.errors import PruneError, SpecError
 if TYPE_CHECKING:
     from torch import nn
 
-    from secateur.graph import Axis, Graph
     from secateur.report import Report, Row
     from secateur.tasks import Task
 
@@ -36,9 +32,6 @@ class _Commands(TyperGroup):
             typer.echo(f"secateur: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(2) from error
 
-
-SHOWN = 5
-"""Frozen axes that a summary lists; the report has all."""
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -64,6 +57,13 @@ Input = Annotated[
 Dense = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="The dense model, where MODEL is a directory whose class only you have."),
+]
+Tie = Annotated[
+    list[str] | None,
+    typer.Option(metavar="A=B", help="Two axes, or dimensions such as left.weight:0, that keep the same units."),
+]
+FreeOutput = Annotated[
+    list[int] | None, typer.Option(metavar="N", help="Output tensor, from 0, that may lose channels; repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -94,21 +94,28 @@ def demo(
 
 
 @app.command()
-def inspect(model: Model, input: Input = None, data: Data = None, dense: Dense = None, as_json: Json = False) -> None:
-    """Show what can be removed from a model, and why the rest cannot."""
+def inspect(
+    model: Model,
+    input: Input = None,
+    data: Data = None,
+    dense: Dense = None,
+    tie: Tie = None,
+    free_output: FreeOutput = None,
+    as_json: Json = False,
+) -> None:
+    """Show what can be removed from a model, what it is worth, and why the rest cannot go."""
     from secateur.graph import analyze
+    from secateur.report.terminal import axes_of, show_axes
 
     net, example, _ = _load(model, dense, input, data)
-    graph = analyze(net, example)
-    rows = [
-        {"axis": a.name, "units": a.units, "frozen": a.frozen, "parameters": _parameters(net, a)} for a in graph.axes
-    ]
-    cost = graph.cost()
+    graph = analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ())
     if as_json:
+        cost = graph.cost()
         weights = [{"weight": w.name, "shape": w.shape, "macs": w.macs} for w in graph.weights.values()]
-        typer.echo(json.dumps({"params": cost.params, "macs": cost.macs, "axes": rows, "weights": weights}, indent=1))
+        found = {"params": cost.params, "macs": cost.macs, "axes": axes_of(graph), "weights": weights}
+        typer.echo(json.dumps(found, indent=1))
     else:
-        _show_graph(graph, rows)
+        show_axes(graph)
 
 
 @app.command()
@@ -136,6 +143,12 @@ def prune(
         list[str] | None,
         typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
     ] = None,
+    minimum: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[GLOB=]N", help="Units that axes keep at least, such as 16, 25% or 'layer1.*=16'."),
+    ] = None,
+    tie: Tie = None,
+    free_output: FreeOutput = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the epochs.")] = 0.01,
     amp: Annotated[bool, typer.Option("--amp", help="Fine-tune in bfloat16 where that is safe.")] = False,
@@ -149,7 +162,7 @@ def prune(
     net, example, task = _load(model, None, input, data)
     result = sc.prune(
         net,
-        example,
+        sc.analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ()),
         pattern=pattern,
         budget=budget,
         criterion=criterion,
@@ -157,6 +170,7 @@ def prune(
         task=task,
         ignore=tuple(ignore or ()),
         overrides=dict(map(_part, override or ())),
+        minimum=dict(map(_least, minimum)) if minimum else 1,
         epochs=epochs,
         lr=lr,
         amp=amp,
@@ -265,13 +279,20 @@ def _part(text: str) -> tuple[str, float]:
     return glob, value
 
 
-def _parameters(model: nn.Module, axis: Axis) -> int:
-    """How many parameters belong to the axis's units: what is in their rows, columns and entries."""
-    spared: dict[str, float] = {}
-    for member in axis.members:
-        outside = float((member.units < 0).mean())
-        spared[member.tensor] = spared.get(member.tensor, 1.0) * outside
-    return sum(round(p.numel() * (1 - spared.get(n, 1.0))) for n, p in model.named_parameters())
+def _least(text: str) -> tuple[str, int | float]:
+    """``16``, ``25%`` or ``layer1.*=16`` as a glob over axes and a count or a part."""
+    glob, _, least = text.rpartition("=")
+    try:
+        return glob or "*", float(least[:-1]) / 100 if least.endswith("%") else int(least)
+    except ValueError:
+        raise SpecError(f"minimum {text!r} cannot be read; expected 16, 25% or such as 'layer1.*=16'") from None
+
+
+def _tie(text: str) -> tuple[str, str]:
+    one, equals, other = text.partition("=")
+    if not (equals and one and other):
+        raise SpecError(f"tie {text!r} cannot be read; expected two places, such as left.weight:0=right.weight:0")
+    return one, other
 
 
 def _measured(
@@ -309,52 +330,12 @@ def _measured(
 
 
 def _show(report: Report, as_json: bool, folder: Path | None) -> None:
+    from secateur.report.terminal import show
+
     if as_json:
         typer.echo(report.to_json(), nl=False)
-        return
-    from secateur.report.html import count, duration, size
-
-    sparse = any(row.nonzero != row.params for row in report.rows)
-    table = Table(title=escape(report.title), title_justify="left")
-    table.add_column("", no_wrap=True)
-    for heading in ("accuracy", "nonzero" if sparse else "parameters", "MACs", "file", "latency", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in report.rows:
-        table.add_row(
-            escape(row.stage),
-            f"{row.accuracy.value:.1%}" if row.accuracy else "",
-            count(row.nonzero if sparse else row.params),
-            "" if row.macs is None else count(row.macs),
-            size(row.bytes),
-            duration(row.latency.value) if row.latency else "",
-            "" if row.memory is None else size(row.memory),
-        )
-    Console().print(table)
-    if report.law:
-        typer.echo(f"Removing is zeroing: relative error {report.law.error:.1e} against {report.law.oracle}")
-    for frozen in report.frozen[:SHOWN]:
-        typer.echo(f"Frozen: {frozen.axis} ({frozen.units} units): {frozen.reason}")
-    if len(report.frozen) > SHOWN:
-        typer.echo(f"Frozen: {len(report.frozen) - SHOWN} more; the report lists them")
-    for note in report.notes:
-        typer.echo(note)
-    if folder is not None:
-        typer.echo(f"Written to {folder}")
-
-
-def _show_graph(graph: Graph, rows: list[dict[str, Any]]) -> None:
-    from secateur.report.html import count
-
-    cost, free = graph.cost(), len(graph.free)
-    table = Table("axis", "units", "parameters", "")
-    for row in rows:
-        state = f"frozen: {escape(row['frozen'])}" if row["frozen"] else "free"
-        table.add_row(escape(row["axis"]), str(row["units"]), count(row["parameters"]), state)
-    Console().print(table)
-    typer.echo(
-        f"{len(graph.weights)} weights, {count(cost.params)} parameters, {count(cost.macs)} MACs; "
-        f"{free} of {len(rows)} axes are free"
-    )
+    else:
+        show(report, folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""A report, or a graph, as tables in a terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from secateur.graph import Graph
+from secateur.graph.savings import worths
+from secateur.report import Report
+from secateur.report.html import count, duration, size
+
+SHOWN = 5
+"""Frozen axes that a summary lists; the report has all."""
+
+
+def show(report: Report, folder: Path | None) -> None:
+    """Print what was measured, and where the rest was written."""
+    sparse = any(row.nonzero != row.params for row in report.rows)
+    table = Table(title=escape(report.title), title_justify="left")
+    table.add_column("", no_wrap=True)
+    for heading in ("accuracy", "nonzero" if sparse else "parameters", "MACs", "file", "latency", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            escape(row.stage),
+            f"{row.accuracy.value:.1%}" if row.accuracy else "",
+            count(row.nonzero if sparse else row.params),
+            "" if row.macs is None else count(row.macs),
+            size(row.bytes),
+            duration(row.latency.value) if row.latency else "",
+            "" if row.memory is None else size(row.memory),
+        )
+    Console().print(table)
+    if report.law:
+        typer.echo(f"Removing is zeroing: relative error {report.law.error:.1e} against {report.law.oracle}")
+    for frozen in report.frozen[:SHOWN]:
+        typer.echo(f"Frozen: {frozen.axis} ({frozen.units} units): {frozen.reason}")
+    if len(report.frozen) > SHOWN:
+        typer.echo(f"Frozen: {len(report.frozen) - SHOWN} more; the report lists them")
+    for note in report.notes:
+        typer.echo(note)
+    if folder is not None:
+        typer.echo(f"Written to {folder}")
+
+
+def axes_of(graph: Graph) -> list[dict[str, Any]]:
+    """Every axis in program order, as JSON: parameters and MACs it has a part in, and what half of it would save."""
+    rows = []
+    for axis, worth in zip(graph.axes, worths(graph).values(), strict=True):
+        half = {"parameters": worth.half_params, "macs": worth.half_macs}
+        row = {"axis": axis.name, "units": axis.units, "frozen": axis.frozen}
+        rows.append(row | {"parameters": worth.params, "macs": worth.macs, "half": None if axis.frozen else half})
+    return rows
+
+
+def show_axes(graph: Graph) -> None:
+    """Print every axis, and what the whole model costs."""
+    cost, rows = graph.cost(), axes_of(graph)
+    table = Table()
+    for heading in ("axis", "units", "parameters", "MACs", "half saves", ""):
+        table.add_column(heading, justify="left" if heading in ("axis", "") else "right")
+    for row in rows:
+        half = row["half"]
+        table.add_row(
+            escape(row["axis"]),
+            str(row["units"]),
+            f"{count(row['parameters'])} ({row['parameters'] / cost.params:.0%})",
+            f"{count(row['macs'])} ({row['macs'] / max(cost.macs, 1):.0%})",
+            f"{count(half['parameters'])}, {count(half['macs'])} MACs" if half else "",
+            f"frozen: {escape(row['frozen'])}" if row["frozen"] else "free",
+        )
+    Console().print(table)
+    typer.echo(
+        f"{len(graph.weights)} weights, {count(cost.params)} parameters, {count(cost.macs)} MACs; "
+        f"{len(graph.free)} of {len(rows)} axes are free"
+    )

@@ -91,6 +91,10 @@ def prune(
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
     given, model = model, plain(model)
+    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
+        raise SpecError(
+            "the model has no values (device meta), so nothing can be measured; use analyze, plan and shrink"
+        )
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
     limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}

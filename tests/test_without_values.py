@@ -1,4 +1,4 @@
-"""Models on device meta: shapes without values. Counts are real, the choice of units is arbitrary, nothing is compared."""
+"""Models on device meta: shapes without values. Counts are real, which units stay is arbitrary, nothing is compared."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_shrinking_follows_the_shapes_and_compares_nothing():
 def test_single_weights_cannot_be_chosen_without_values(pattern):
     bare, y, *_ = pair()
     budget = None if pattern == "2:4" else "sparsity=50%"
-    with pytest.raises(SpecError, match=r"'stem.weight' has no values \(device meta\)"):
+    with pytest.raises(SpecError, match=r"\.weight' has no values \(device meta\)"):
         api.plan(bare, y, pattern=pattern, budget=budget)
 
 

@@ -91,11 +91,8 @@ def prune(
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
     given, model = model, plain(model)
-    if isinstance(model, nn.Module) and any(p.is_meta for p in model.parameters()):
-        raise SpecError(
-            "the model has no values (device meta), so nothing can be measured; use analyze, plan and shrink"
-        )
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
+    _require_values(model)
     wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
     limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}
     chosen, done = _carried_out(model, graph, {**wishes, **limits}, verify)
@@ -124,6 +121,13 @@ def _carried_out(model: nn.Module, graph: Graph, wishes: dict[str, Any], verify:
             if kept.form == "module":
                 return even, replace(kept, equal=done.equal)
     return chosen, done
+
+
+def _require_values(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise SpecError(
+            "the model has no values (device meta), so nothing can be measured; use analyze, plan and shrink"
+        )
 
 
 def _choose(model: nn.Module, graph: Graph, wishes: dict[str, Any]) -> Plan:

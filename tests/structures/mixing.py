@@ -1,4 +1,4 @@
-"""Rows 39, 52-56: products of features, mixing over tokens, windows, experts, computed weights."""
+"""Rows 39, 52-55: products of features, mixing over tokens, windows, experts, computed weights."""
 
 from __future__ import annotations
 
@@ -210,11 +210,13 @@ class Branch(nn.Module):
 case(54, inputs=vectors(), refused=r"cannot be captured.*control flow")(Branch)
 
 
-@case(54, free=[8, 8, 10, 12], inputs=vectors(), inexact=True)
-def branches_of_cond():
+@case(54, "taken", free=[8, 8, 10, 12], inputs=vectors(), inexact=True)
+@case(54, "not taken", free=[8, 8, 10, 12], inputs=vectors(), inexact=True)
+def branches_of_cond(first):
     def body(s, x):
         x = F.relu(s.a(x))
-        return s.head(torch.cond(x.sum() > 0, lambda t: s.b2(F.relu(s.b1(t))), lambda t: s.c2(F.relu(s.c1(t))), (x,)))
+        choice = x.sum() >= 0 if first == "taken" else x.sum() < 0
+        return s.head(torch.cond(choice, lambda t: s.b2(F.relu(s.b1(t))), lambda t: s.c2(F.relu(s.c1(t))), (x,)))
 
     parts = {"b1": nn.Linear(8, 10), "b2": nn.Linear(10, 8), "c1": nn.Linear(8, 12), "c2": nn.Linear(12, 8)}
     return Net(body, a=nn.Linear(6, 8), head=nn.Linear(8, 3), **parts)
@@ -357,34 +359,3 @@ def filter_in_frequencies(how):
         b=conv(8, 4),
         filter=nn.Parameter(torch.view_as_complex(weight) if how == "complex" else weight),
     )
-
-
-def deformed(x, weight, offsets):
-    """A deformable convolution of 3 x 3 taps in plain torch: every tap samples where its offset points."""
-    h, w = x.shape[-2:]
-    ys, xs = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
-    y = 0.0
-    for k in range(9):
-        grid = torch.stack([xs, ys], -1) + offsets[:, 2 * k : 2 * k + 2].permute(0, 2, 3, 1)
-        taken = F.grid_sample(x, grid, align_corners=True)
-        y = y + torch.einsum("bchw,oc->bohw", taken, weight[:, :, k // 3, k % 3])
-    return y
-
-
-@case(56, free=[6, 8])
-def deformable_convolution():
-    def body(s, x):
-        x = F.relu(s.a(x))
-        return s.b(F.relu(deformed(x, s.w, torch.tanh(s.offsets(x)))))
-
-    return Net(body, a=conv(3, 6), w=nn.Parameter(torch.randn(8, 6, 3, 3) / 5), offsets=conv(6, 18), b=conv(8, 4))
-
-
-@case(56, free=[6])
-def features_warped_by_a_flow():
-    def body(s, x):
-        y = F.relu(s.a(x))
-        grid = torch.tanh(s.flow(y)).permute(0, 2, 3, 1)
-        return s.b(F.grid_sample(y, grid, align_corners=False) - y)
-
-    return Net(body, a=conv(3, 6), flow=conv(6, 2), b=conv(6, 4))

@@ -141,6 +141,11 @@ def _drop(graph: Graph, wish: Budget, free: Sequence[str], rank: Rank) -> list[s
             none = "all are ignored" if graph.blocks else "the model has no residual blocks"
             raise BudgetError(f"{wish} cannot be met: no block is free to go ({reasons or none})", 1.0)
         raise unmet(wish, measure(graph.cost(_off(free))), everything)
+    return _come_back(gone, fits)
+
+
+def _come_back(gone: list[str], fits: Callable[[Collection[str]], bool]) -> list[str]:
+    """Without the blocks that the last ones made needless."""
     for name in reversed(gone):
         fewer = [other for other in gone if other != name]
         gone = fewer if fits(fewer) else gone
@@ -162,8 +167,13 @@ def _together(
     limit = limit_of(wish, everything)
     found: list[tuple[float, list[str], dict[str, Flags]]] = []
     least = float(everything)
+
+    def fits(gone: Collection[str]) -> bool:
+        return measure(graph.cost(_off(gone))) <= limit
+
     for gone in order:
         blocks = measure(graph.cost(_off(gone)))
+        gone = _come_back(gone, fits) if blocks <= limit else gone
         try:
             units = channels(gone, lambda left: _rest(wish, limit, left)) if blocks > limit else {}
         except BudgetError as error:

@@ -57,13 +57,13 @@ def _moved(key: Any, new: Mapping[fx.Node, fx.Node]) -> Any:
 
 
 def left(program: Program, spans: Iterable[Span]) -> Program:
-    """The program with only the tensors and products that are needed without these spans: enough to know its cost."""
+    """The program without the tensors and products that only these spans needed: enough to know its cost."""
     needed = _needed(program.module.graph, tuple(spans))
     paths = {str(node.target) for node in needed if node.op == "get_attr"}
     read, run = {program.aliases.get(path, path) for path in paths}, {node.name for node in needed}
     return replace(
         program,
-        tensors={name: tensor for name, tensor in program.tensors.items() if name in read},
+        tensors={name: tensor for name, tensor in program.tensors.items() if name in read or not tensor.read},
         multiplies=tuple(m for m in program.multiplies if m.node in run),
     )
 

@@ -105,16 +105,17 @@ def inspect(
 ) -> None:
     """Show what can be removed from a model, what it is worth, and why the rest cannot go."""
     from secateur.graph import analyze
-    from secateur.report.terminal import axes_of, show_axes
+    from secateur.report.terminal import axes_of, blocks_of, show_axes, show_blocks
 
     net, example, _ = _load(model, dense, input, data)
     graph = analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ())
     if as_json:
         cost = graph.cost()
         weights = [{"weight": w.name, "shape": w.shape, "macs": w.macs} for w in graph.weights.values()]
-        found = {"params": cost.params, "macs": cost.macs, "axes": axes_of(graph), "weights": weights}
-        typer.echo(json.dumps(found, indent=1))
+        places = {"axes": axes_of(graph), "blocks": blocks_of(graph), "weights": weights}
+        typer.echo(json.dumps({"params": cost.params, "macs": cost.macs, **places}, indent=1))
     else:
+        show_blocks(graph)
         show_axes(graph)
 
 
@@ -124,7 +125,9 @@ def prune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model, plan and report go.")],
     data: Data = None,
     input: Input = None,
-    pattern: Annotated[str, typer.Option(help="unstructured, 2:4, block:4x1, channel or channel/8.")] = "channel",
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, 2:4, block:4x1, channel, channel/8, layer or channel+layer.")
+    ] = "channel",
     budget: Annotated[
         str | None,
         typer.Option(
@@ -133,11 +136,15 @@ def prune(
         ),
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="magnitude, l2, random, bn_scale, taylor or module:function.")
-    ] = "magnitude",
+        str | None,
+        typer.Option(
+            help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, "
+            "taylor, magnitude or random. Default: magnitude, for layers influence."
+        ),
+    ] = None,
     allocate: Annotated[str, typer.Option(help="global, uniform or module:function.")] = "global",
     ignore: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Weights or axes to leave alone; repeatable.")
+        list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")
     ] = None,
     override: Annotated[
         list[str] | None,

@@ -205,6 +205,7 @@ def _spread(samples: NDArray[np.float64]) -> Interval:
 
 def _macs(model: nn.Module, inputs: Any) -> int | None:
     try:
-        return analyze(model, inputs).cost().macs
+        graph = analyze(model, inputs)
+        return None if graph.program.hidden else graph.cost().macs
     except TraceError:
         return None

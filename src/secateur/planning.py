@@ -62,6 +62,8 @@ def make(
         raise SpecError(
             f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
         )
+    if wish is not None and wish.kind == "macs" and graph.program.hidden:
+        raise BudgetError(f"{wish} cannot be counted: {graph.program.hidden[0]}; use a budget of params or size")
     if isinstance(shape, Layer | Both):
         raise SpecError(f"pattern {pattern!r} removes blocks, which secateur.depth.make plans")
     strategy = resolve_strategy(allocate)

@@ -110,7 +110,9 @@ class _Work:
     def fold_(self, asks: Callable[[float | None, int], bool]) -> Fold | None:
         """Scales of attention moved into the weights, none where none has to be; None where that is wrong."""
         narrower = scaled(self.graph, self.alive, self.written, asks)
-        fold = fold_(self.written, narrower, self.graph.weights, self.inputs) if narrower else Fold({}, {})
+        if not narrower:
+            return Fold({}, {})
+        fold = fold_(self.written, narrower, self.graph.weights, self.inputs)
         if fold is not None and not relative_error(run(self.written, self.inputs), self.oracle) <= self.tolerance:
             fold.undo_(self.small)
             return None

@@ -6,6 +6,7 @@ It is the second oracle, and the result where a class hard-codes sizes.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
+from secateur.apply.movable import follow_
 from secateur.errors import DataError
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, Op, operator_name
@@ -40,6 +42,7 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
+    follow_(root, graph)
     _guard_(root, graph)
     return fx.GraphModule(root, graph).train(model.training)
 
@@ -75,6 +78,14 @@ def _guard_(root: nn.Module, graph: fx.Graph) -> None:
             root.add_module(f"secateur_input_{i}", Expect(str(node.target), sizes))
             with graph.inserting_after(inputs[-1]):
                 graph.call_module(f"secateur_input_{i}", (node,))
+
+
+_DROPOUT: dict[str, Callable[[float], nn.Module]] = {
+    "dropout": nn.Dropout,
+    "feature_dropout": nn.Dropout2d,
+    "alpha_dropout": nn.AlphaDropout,
+    "feature_alpha_dropout": nn.FeatureAlphaDropout,
+}
 
 
 class _Writer:
@@ -117,9 +128,10 @@ class _Writer:
             self._call(op, change)
         if name == "batch_norm":
             self._batch_norm(op)
-        elif name == "dropout" and op.args["p"] > 0:
+        elif name in _DROPOUT and op.args["p"] > 0:
             self.dropouts += 1
-            self._module(f"dropout_{self.dropouts}", nn.Dropout(op.args["p"]), op.tensors[0])
+            dropout = _DROPOUT[name](op.args["p"])
+            self._module(f"dropout_{self.dropouts}", dropout, op.tensors[0])
 
     def _touched(self, node: fx.Node) -> bool:
         """Whether a dimension of the operator's inputs or outputs lost something."""

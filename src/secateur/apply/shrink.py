@@ -17,6 +17,7 @@ from secateur.apply.attributes import Changes, write_
 from secateur.apply.blame import relative_error
 from secateur.apply.depth import Dropped, Taken, drop, drop_, handed
 from secateur.apply.mask import mask
+from secateur.apply.movable import attention_dropout_
 from secateur.apply.oracle import ZeroedProgram
 from secateur.apply.resize import resize_
 from secateur.apply.rewrite import rewrite
@@ -144,6 +145,11 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
     if gone and not found.why:
         dropped = drop(small, gone, handed(model, gone, inputs), inputs, oracle, tolerance)
     small = dropped.model
+    if dropped.why and graph.program.hidden:
+        raise PlanError(
+            f"{type(model).__name__} cannot hold the new sizes, {dropped.why}, and its program cannot stand in for it: "
+            f"{graph.program.hidden[0]}; ignore the axes concerned, or change that code"
+        )
     if dropped.why:
         small = clone(model)
         resize_(small, narrow.slices)
@@ -194,7 +200,7 @@ def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any) -> n
     It is not tied to the example's batch size where the model allows that: where the open program has the same axes,
     and runs.
     """
-    slices = {name: {d: flags.cpu().numpy() for d, flags in dims.items()} for name, dims in plan.slices.items()}
+    slices = {name: {d: flags.cpu().numpy() for d, flags in dims.items()} for name, dims in plan.cuts.items()}
     free = _again(model, plan, inputs, dynamic_batch=True)
     # A block that goes may compute the batch size for others.
     if not plan.dropped or {b.name for b in free.blocks if not b.frozen} >= set(plan.dropped):
@@ -203,10 +209,13 @@ def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any) -> n
         if program.slices(alive) == {(name, d): tuple(f) for name, dims in slices.items() for d, f in dims.items()}:
             with contextlib.suppress(TraceError):
                 written = rewrite(program, small, alive)
+                attention_dropout_(written, model, inputs)
                 run(written, inputs)
                 return written
     tied = _again(model, plan, inputs).without(plan.dropped).program
-    return rewrite(tied, small, tied.alive_after(slices))
+    written = rewrite(tied, small, tied.alive_after(slices))
+    attention_dropout_(written, model, inputs)
+    return written
 
 
 def _again(model: nn.Module, plan: Plan, inputs: Any, dynamic_batch: bool = False) -> Graph:

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from secateur.errors import TraceError
+from secateur.graph import opaque
 from secateur.graph.aliases import written
 from secateur.graph.axes import gather
 from secateur.graph.constants import Constants
@@ -180,9 +181,10 @@ class _Walk:
             self._count(op)
             return
         self.values[node] = None
+        why = opaque.reason(node) or f"no rule for {op.where}"
         for read in node.all_input_nodes:
-            self._freeze(read, f"no rule for {op.where}")
-            self.labels.freeze(self.pointers.get(read), f"no rule for {op.where}")
+            self._freeze(read, why)
+            self.labels.freeze(self.pointers.get(read), why)
 
     def _follow(self, op: Op) -> None:
         """Where positions go on as positions; whatever else computes with their numbers keeps them as they are."""

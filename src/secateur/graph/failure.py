@@ -45,10 +45,10 @@ def require_capturable(model: Any, inputs: Any) -> None:
 
 def place(error: BaseException, model: nn.Module) -> str:
     """The user's line that an error came from, and the module it belongs to; "" where there is none."""
-    frames = [frame for frame in _frames(error) if not frame[0].f_code.co_filename.startswith((*OURS, "<"))]
-    if not frames:
+    own = [frame for frame in frames(error) if not frame[0].f_code.co_filename.startswith((*OURS, "<"))]
+    if not own:
         return ""
-    frame, line = frames[-1]
+    frame, line = own[-1]
     file = frame.f_code.co_filename
     code = linecache.getline(file, line).strip()
     owner = frame.f_locals.get("self")
@@ -57,8 +57,8 @@ def place(error: BaseException, model: nn.Module) -> str:
     return f" at {Path(file).name}:{line} '{code}'{within}"
 
 
-def _frames(error: BaseException | None) -> Iterator[tuple[FrameType, int]]:
+def frames(error: BaseException | None) -> Iterator[tuple[FrameType, int]]:
     """Every frame of the error, those of the errors that caused it first."""
     if error is not None:
-        yield from _frames(error.__cause__ or error.__context__)
+        yield from frames(error.__cause__ or error.__context__)
         yield from traceback.walk_tb(error.__traceback__)

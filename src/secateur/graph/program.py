@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from secateur.graph import opaque
 from secateur.graph.constants import Constants
 from secateur.graph.labels import Atoms, Dim, Labels
 from secateur.graph.macs import Multiply
@@ -73,6 +74,11 @@ class Program:
     constants: Constants
     _resolved: dict[int, tuple[Dim, Atoms]] = field(default_factory=dict, repr=False)
     _shared: dict[bytes, Atoms] = field(default_factory=dict, repr=False)
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Why each module that is one operator here could not be followed. Its MACs are not counted."""
+        return tuple(why for node in self.module.graph.nodes if (why := opaque.reason(node)))
 
     @property
     def unread(self) -> tuple[str, ...]:

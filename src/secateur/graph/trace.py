@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from secateur.errors import TraceError
 from secateur.graph.failure import place, require_capturable
 from secateur.graph.inline import inline_
+from secateur.graph.opaque import culprits, hidden
 from secateur.graph.rephrase import rephrase_
 from secateur.graph.shuffle import fuse_shuffles_
 from secateur.graph.types import example_args
@@ -55,21 +56,37 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
     """
     require_capturable(model, inputs)
     if not dynamic_batch:
-        try:
-            return _export(model, inputs, None)
-        except Exception as error:
-            run(model, inputs)  # a model that fails by itself is named as such
-            raise TraceError(
-                f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}"
-                f"{place(error, model)}: {type(error).__name__}: {first_line(error)}; usual remedies: use_cache=False, "
-                "no control flow or sizes that depend on tensor values, plain tensors as inputs and outputs; or prune "
-                "the parts of the model that can be captured, one by one"
-            ) from error
+        return _followed(model, inputs)
     wide = _at_least_two(inputs)
     for tokens in (True, False):  # some models only hold for the example's length, or its batch size
         with contextlib.suppress(Exception):
             return _export(model, wide, tokens)
     return capture(model, inputs)
+
+
+def _followed(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    """The program of the model; modules within that cannot be followed stand in it as one operator each."""
+    paths: list[str] = []
+    why = ""
+    while True:
+        try:
+            with hidden(model, paths, why, lambda: run(model, inputs)):
+                return _export(model, inputs, None)
+        except Exception as error:
+            run(model, inputs)  # a model that fails by itself is named as such
+            found, where = f"{type(error).__name__}: {first_line(error)}", place(error, model)
+            if not (more := culprits(error, model, paths)):
+                raise TraceError(
+                    f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}{where}: {found}; "
+                    "usual remedies: use_cache=False, no control flow or sizes that depend on tensor values, plain tensors "
+                    "as inputs and outputs"
+                ) from error
+            paths, why = _outermost([*paths, *more]), why or found + where
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    """Paths without those inside of others."""
+    return [p for p in paths if not any(p.startswith(f"{other}.") for other in paths)]
 
 
 def _export(model: nn.Module, inputs: Any, tokens: bool | None) -> fx.GraphModule:

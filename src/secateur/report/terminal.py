@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -57,6 +58,34 @@ def axes_of(graph: Graph) -> list[dict[str, Any]]:
         row = {"axis": axis.name, "units": axis.units, "frozen": axis.frozen}
         rows.append(row | {"parameters": worth.params, "macs": worth.macs, "half": None if axis.frozen else half})
     return rows
+
+
+def blocks_of(graph: Graph) -> list[dict[str, Any]]:
+    """Every residual block in program order, as JSON: what the model loses with it."""
+    rows, dense = [], graph.cost()
+    for block in graph.blocks:
+        without = graph.cost({block.name: np.zeros(1, bool)})
+        lost = {"parameters": dense.params - without.params, "macs": dense.macs - without.macs}
+        rows.append({"block": block.name, "frozen": block.frozen, **lost})
+    return rows
+
+
+def show_blocks(graph: Graph) -> None:
+    """Print every block, where there are any."""
+    cost, rows = graph.cost(), blocks_of(graph)
+    if not rows:
+        return
+    table = Table()
+    for heading in ("block", "parameters", "MACs", ""):
+        table.add_column(heading, justify="left" if heading in ("block", "") else "right")
+    for row in rows:
+        table.add_row(
+            escape(row["block"]),
+            f"{count(row['parameters'])} ({row['parameters'] / cost.params:.0%})",
+            f"{count(row['macs'])} ({row['macs'] / max(cost.macs, 1):.0%})",
+            f"frozen: {escape(row['frozen'])}" if row["frozen"] else "free",
+        )
+    Console().print(table)
 
 
 def show_axes(graph: Graph) -> None:

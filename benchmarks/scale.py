@@ -4,8 +4,8 @@
     python benchmarks/scale.py llama-80     # only those whose name has that in it
 
 The Llamas have the sizes of Llama 3 70B (hidden 8192, 64 heads, 8 kv heads, feed-forward 28672, vocabulary 128256), 2
-to 80 layers, on device meta: no weight is ever held. The Qwen3-like model (36 layers, hidden 1024) has random weights, and
-is shrunk besides. Memory is the most that the whole process held: Python, torch, transformers, the export and all.
+to 80 layers, on device meta: no weight is ever held. The Qwen3-like model (36 layers, hidden 1024) has random weights,
+and is shrunk besides. Memory is the most that the whole process held: Python, torch, transformers, the export and all.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ TIMM: dict[str, Timm] = {
     "pit": ("pit_ti_224", 224, {}),
     "pnasnet": ("pnasnet5large", 96, {}),
     "pvt_v2": ("pvt_v2_b0", 96, {}),
-    "qwen3_vit": ("qwen3_vit_88m", 96, _SMALL_VIT),
+    "qwen3_vit": ("qwen3_vit_88m", 96, _SMALL_VIT | _HEAD),
     "rdnet": ("rdnet_tiny", 96, {}),
     "regnet": ("regnety_002", 96, {}),
     "repghost": ("repghostnet_050", 96, {}),

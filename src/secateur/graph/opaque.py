@@ -45,6 +45,9 @@ def reason(node: fx.Node) -> str:
 @contextmanager
 def hidden(model: nn.Module, paths: Sequence[str], why: str, run: Callable[[], Any]) -> Iterator[None]:
     """Inside, the modules at ``paths`` are one operator each. ``run`` calls the model on its example inputs, once."""
+    if not paths:
+        yield
+        return
     modules = {path: model.get_submodule(path) for path in paths}
     stand_ins = {path: _StandIn(module, path, why) for path, module in modules.items()}
     hooks = [m.register_forward_hook(stand_ins[p].record, with_kwargs=True) for p, m in modules.items()]

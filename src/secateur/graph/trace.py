@@ -72,6 +72,8 @@ def _followed(model: nn.Module, inputs: Any) -> fx.GraphModule:
         try:
             with hidden(model, paths, why, lambda: run(model, inputs)):
                 return _export(model, inputs, None)
+        except TraceError:  # the model itself failed
+            raise
         except Exception as error:
             run(model, inputs)  # a model that fails by itself is named as such
             found, where = f"{type(error).__name__}: {first_line(error)}", place(error, model)

@@ -198,9 +198,9 @@ def bias_from_a_small_network():
 class Branch(nn.Module):
     """A decision taken in Python, on the values."""
 
-    def __init__(self):
+    def __init__(self, into=6, out=3):
         super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.a, self.b = nn.Linear(into, 8), nn.Linear(8, out)
 
     def forward(self, x):
         x = F.relu(self.a(x))
@@ -208,6 +208,17 @@ class Branch(nn.Module):
 
 
 case(54, inputs=vectors(), refused=r"cannot be captured.*control flow")(Branch)
+
+
+@case(54, free=[10, 12], frozen=r"cannot follow choose \(Branch\)", inputs=vectors())
+def decision_inside():
+    """The module that decides stays whole; what comes before and after it does not have to."""
+    first = [nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8)]
+    last = [nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)]
+    return Net(
+        lambda s, x: s.last(s.choose(s.first(x))),
+        first=nn.Sequential(*first), choose=Branch(8, 8), last=nn.Sequential(*last),
+    )  # fmt: skip
 
 
 @case(54, "taken", free=[8, 8, 10, 12], inputs=vectors(), inexact=True)

@@ -29,7 +29,8 @@ def culprits(error: BaseException, model: nn.Module, known: Sequence[str]) -> li
     Empty where that is the model itself, or nothing new.
     """
     paths = {id(module): path for path, module in model.named_modules() if path}
-    passed = [f.f_locals.get("self") for f, _ in frames(error) if f.f_code.co_name == "forward"]
+    calls = [f for f, _ in frames(error) if f.f_code.co_name == "forward" and f.f_code.co_argcount]
+    passed = [f.f_locals.get(f.f_code.co_varnames[0]) for f in calls]
     for owner in reversed(passed):
         path = paths.get(id(owner))
         if path is not None and not any(f"{path}.".startswith(f"{other}.") for other in known):

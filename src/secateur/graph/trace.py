@@ -80,8 +80,8 @@ def _followed(model: nn.Module, inputs: Any) -> fx.GraphModule:
             if not (more := culprits(error, model, paths)):
                 raise TraceError(
                     f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}{where}: {found}; "
-                    "usual remedies: use_cache=False, no control flow or sizes that depend on tensor values, plain tensors "
-                    "as inputs and outputs"
+                    "usual remedies: use_cache=False, no control flow or sizes that depend on tensor values, plain "
+                    "tensors as inputs and outputs"
                 ) from error
             paths, why = _outermost([*paths, *more]), why or found + where
 

@@ -197,7 +197,7 @@ class Gate(nn.Module):
         return x
 
 
-class Branching(Net):
+class Gated(Net):
     """Control flow that depends on values, in a part of its own."""
 
     def __init__(self) -> None:
@@ -206,6 +206,16 @@ class Branching(Net):
 
     def forward(self, x):
         return self.head(self.b(self.gate(self.a(x))))
+
+
+class Branching(Net):
+    """The same in the model's own code."""
+
+    def forward(self, x):
+        y = self.a(x)
+        if y.sum() > 0:
+            y = y * 2
+        return self.head(self.b(y))
 
 
 class Lengths(Net):
@@ -227,7 +237,7 @@ class Opaque(Net):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (Branching, r"at test_bad_models.py:\d+ 'if x.sum\(\) > 0:' in gate \(Gate\): GuardOnDataDependent"),
+        (Branching, r"at test_bad_models.py:\d+ 'if y.sum\(\) > 0:': GuardOnDataDependent"),
         (Lengths, r"at test_bad_models.py:\d+ 'count = int\(x.abs\(\).sum\(\).item\(\)\)'"),
         (Opaque, r"Found <class '.*Thing'> in output"),
     ],
@@ -238,17 +248,21 @@ def test_an_export_that_fails_names_the_line_and_the_remedies_and_changes_nothin
     with pytest.raises(TraceError, match=words) as found:
         analyze(model, X)
     assert "use_cache=False, no control flow" in str(found.value)
-    assert "the parts of the model that can be captured" in str(found.value)
     assert same(model, before)
     assert [m.training for m in model.modules()] == modes
     assert not any(p.grad is not None for p in model.parameters())
 
 
-def test_the_rest_of_such_a_model_is_pruned_as_parts():
-    model = Branching().eval()
-    rest = nn.Sequential(model.b, nn.ReLU(), model.head)
-    result = api.prune(rest, torch.randn(3, 16), budget="params=60%", verify=True)
-    assert result.report.law.error < 1e-5
+def test_the_rest_of_a_model_is_pruned_around_a_part_that_fails_and_the_reason_names_the_line():
+    model = Gated().train()
+    before, modes = state(model), [m.training for m in model.modules()]
+    why = analyze(model, X).axis("a").frozen
+    assert re.search(r"gate \(Gate\).* at test_bad_models.py:\d+ 'if x.sum\(\) > 0:' in gate \(Gate\)", why)
+    small = check_removing_is_zeroing(model, X, "params=80%").model
+    assert small.b.out_features < 12
+    assert small.a.out_features == 16
+    assert same(model, before)
+    assert [m.training for m in model.modules()] == modes
 
 
 # --- odd, but right --------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def inline_(module: fx.GraphModule) -> None:
         for node in calls:
             _replace_(module.graph, node, _choice(module, node) if _name(node) == "cond" else _body(module, node))
     for node in reversed(module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
+        if not node.users and _does_nothing(node):
             module.graph.erase_node(node)
     module.graph.lint()
 
@@ -108,6 +108,13 @@ def _added(graph: fx.Graph, before: fx.Node, target: Any, args: tuple[Any, ...],
         node = graph.call_function(target, args)
     node.meta = dict(like.meta)
     return node
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Whether a node that nothing reads may go, such as a tensor whose shape alone was wanted. Assertions stay."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "get_attr"
+    return isinstance(node.meta.get("val"), torch.Tensor) and not node.target._schema.is_mutable
 
 
 def _replace_(graph: fx.Graph, node: fx.Node, outputs: Sequence[Any]) -> None:

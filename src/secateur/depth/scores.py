@@ -13,6 +13,8 @@ They are taken on the task's calibration data; without a task on the example inp
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +31,7 @@ from secateur.graph.rules.base import each
 from secateur.graph.trace import run
 from secateur.progress import track
 from secateur.stats import Stats
-from secateur.tasks import Task, batches, call
+from secateur.tasks import Task, batches, call, mode
 
 CRITERIA = ("influence", "reconstruction", "taylor", "magnitude", "random")
 
@@ -72,22 +74,55 @@ def ranking(
 
 @dataclass(eq=False)
 class Calibration:
-    """The batches to score on, each with a graph of the model that takes its shape."""
+    """The batches to score on, and the model as it runs where something acts on what its blocks hand on.
+
+    Blocks that are modules are watched by hooks. Where one is not, or is not given its input first, the program of each
+    batch's shape runs instead, which takes an export for every new shape.
+    """
 
     model: nn.Module
     graph: Graph
     task: Task | None
     _known: list[tuple[list[tuple[int, ...]], bool, Graph]] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[tuple[Graph, Any, Any]]:
-        """(graph, inputs, targets) of each batch."""
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Inputs and targets of each batch."""
         if self.task is None:
-            yield self.graph, self.graph.inputs, None
-            return
-        for inputs, targets in track(batches(self.task, "calibration", self.model), "Scoring blocks"):
-            yield self._graph(inputs), inputs, targets
+            yield self.graph.inputs, None
+        else:
+            yield from track(batches(self.task, "calibration", self.model), "Scoring blocks")
 
-    def _graph(self, inputs: Any) -> Graph:
+    def run(self, inputs: Any, act: Act, *, grad: bool = False) -> Any:
+        """The model's output in evaluation mode, where ``act`` decides what each block hands on."""
+        module = self.model if self._by_hooks else probed(self.graph_of(inputs), act)
+        with mode(module, training=False), torch.set_grad_enabled(grad):
+            if not self._by_hooks:
+                return call(module, inputs)
+            with _hooks(self.model, [b.path for b in self._free], act):
+                return call(module, inputs)
+
+    @functools.cached_property
+    def _free(self) -> list[Block]:
+        return [block for block in self.graph.blocks if not block.frozen]
+
+    @functools.cached_property
+    def _by_hooks(self) -> bool:
+        if not all(block.path for block in self._free):
+            return False
+        alike: list[bool] = []
+
+        def note(name: str, x: Tensor, y: Tensor) -> Tensor:
+            alike.append(x.shape == y.shape)
+            return y
+
+        with _hooks(self.model, [b.path for b in self._free], note):
+            run(self.model, self.graph.inputs)
+        return all(alike)
+
+    def graph_of(self, inputs: Any) -> Graph:
+        """The model's graph at the shape of these inputs."""
+        if inputs is self.graph.inputs:
+            return self.graph
         shapes = [tuple(v.shape) for v in tree_leaves(inputs) if isinstance(v, Tensor)]
         for known, any_batch, graph in self._known:
             if known == shapes or (any_batch and [s[1:] for s in known] == [s[1:] for s in shapes]):
@@ -105,6 +140,28 @@ class Calibration:
         return graph
 
 
+@contextlib.contextmanager
+def _hooks(model: nn.Module, paths: Collection[str], act: Act) -> Iterator[None]:
+    """While inside, ``act`` decides what these modules hand on; their first floating-point tensor counts as input."""
+    given: dict[str, list[Tensor]] = {path: [] for path in paths}
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+
+            def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
+                given[path].append(next(tensors, torch.zeros(())).clone())  # the block may write into what it got
+
+            def after(module: nn.Module, args: Any, output: Any, path: str = path) -> Any:
+                first = output if isinstance(output, Tensor) else output[0]
+                made = act(path, given[path].pop(), first)
+                return made if isinstance(output, Tensor) else (made, *output[1:])
+
+            module = model.get_submodule(path)
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        yield
+
+
 class _Probe(nn.Module):
     def __init__(self, name: str, act: Act) -> None:
         super().__init__()
@@ -114,7 +171,7 @@ class _Probe(nn.Module):
         return self.act(self.name, x, y)
 
 
-def probed(graph: Graph, names: Collection[str], act: Act) -> fx.GraphModule:
+def probed(graph: Graph, act: Act) -> fx.GraphModule:
     """The program, with what ``act`` makes of it in the place of each block's output."""
     copied = fx.Graph()
     new: dict[fx.Node, fx.Node] = {}
@@ -122,7 +179,7 @@ def probed(graph: Graph, names: Collection[str], act: Act) -> fx.GraphModule:
     copied._codegen = graph.program.module.graph._codegen
     module = fx.GraphModule(graph.program.module, copied)
     order = {node: i for i, node in enumerate(graph.program.module.graph.nodes)}
-    spans = [(span, b.name) for b in graph.blocks if b.name in names for span in b.spans]
+    spans = [(span, b.name) for b in graph.blocks if not b.frozen for span in b.spans]
     for i, (span, name) in enumerate(sorted(spans, key=lambda pair: order[pair[0].exit])):
         entry, out = new[span.entry], new[span.exit]
         with module.graph.inserting_after(entry):  # operators of the block may write into what it got
@@ -143,25 +200,25 @@ def probed(graph: Graph, names: Collection[str], act: Act) -> fx.GraphModule:
 def influence(data: Calibration, names: Collection[str]) -> dict[str, float]:
     """1 - the mean cosine, over all positions, of the features that go in and those that come out."""
     sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    for graph, inputs, _ in data:
-        features = {b.name: _feature_dim(graph, b) for b in graph.blocks}
+    features = {b.name: _feature_dim(data.graph, b) for b in data.graph.blocks if b.name in names}
 
-        def note(name: str, x: Tensor, y: Tensor, features: Mapping[str, int] = features) -> Tensor:
+    def note(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if name in sums:
             a, b, dim = x.double(), y.double(), features[name]
             dot, norms = (a * b).sum(dim), a.norm(dim=dim) * b.norm(dim=dim)
             cosines = torch.where((a == b).all(dim), 1.0, dot / norms.clamp_min(1e-30))
             sums[name] += float(cosines.sum())
             counts[name] += cosines.numel()
-            return y
+        return y
 
-        run(probed(graph, names, note), inputs)
+    for inputs, _ in data:
+        data.run(inputs, note)
     return {name: 1 - sums[name] / counts[name] for name in names}
 
 
 def _feature_dim(graph: Graph, block: Block) -> int:
     """The dimension of the block's output that holds channels: the last one that analysis follows."""
-    span = block.spans[0]
-    dims = each(graph.program.values.get(span.exit))[0]
+    dims = each(graph.program.values.get(block.spans[0].exit))[0]
     return max((d for d, dim in enumerate(dims) if dim is not None), default=-1)
 
 
@@ -169,14 +226,14 @@ def taylor(data: Calibration, names: Collection[str]) -> dict[str, float]:
     """|dL/dg| of each block's gate, averaged over batches."""
     assert data.task is not None
     sums, count = dict.fromkeys(names, 0.0), 0
-    for graph, inputs, targets in data:
+    for inputs, targets in data:
         gates = {name: torch.zeros((), requires_grad=True) for name in names}
 
         def gate(name: str, x: Tensor, y: Tensor, gates: Mapping[str, Tensor] = gates) -> Tensor:
-            return y + gates[name].to(y) * (y - x).detach()
+            return y + gates[name].to(y) * (y - x).detach() if name in gates else y
 
         with torch.enable_grad():
-            loss = data.task.loss(call(probed(graph, names, gate), inputs), targets)
+            loss = data.task.loss(data.run(inputs, gate, grad=True), targets)
         if loss.numel() != 1 or not loss.requires_grad or not bool(loss.isfinite()):
             raise DataError(
                 f"the loss on calibration batch {count} is {loss}; expected one finite number that depends on the model"
@@ -191,20 +248,19 @@ def taylor(data: Calibration, names: Collection[str]) -> dict[str, float]:
 def reconstruction(data: Calibration, names: Collection[str], gone: Collection[str]) -> dict[str, float]:
     """Per block that is left, the squared error of the model's output without it and without what is gone."""
     left = [name for name in names if name not in gone]
-    errors, squares = dict.fromkeys(left, 0.0), 0.0
-    for graph, inputs, _ in data:
-        off: set[str] = set()
+    errors, squares, off = dict.fromkeys(left, 0.0), 0.0, set[str]()
 
-        def skip(name: str, x: Tensor, y: Tensor, off: Collection[str] = off) -> Tensor:
-            return x if name in off else y
+    def skip(name: str, x: Tensor, y: Tensor) -> Tensor:
+        return x if name in off else y
 
-        module = probed(graph, names, skip)
-        dense = run(module, inputs)
+    for inputs, _ in data:
+        off.clear()
+        dense = data.run(inputs, skip)
         squares += squared(dense)
         for name in left:
             off.clear()
             off.update(gone, (name,))
-            errors[name] += squared(run(module, inputs), dense)
+            errors[name] += squared(data.run(inputs, skip), dense)
     return {name: error / max(squares, 1e-30) for name, error in errors.items()}
 
 

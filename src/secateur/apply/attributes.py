@@ -254,7 +254,7 @@ class _Readings:
         for kind in (type(module) for module in wrong.chain):
             new = kind not in self.slots
             if new:
-                own = not kind.__module__.startswith("torch.")
+                own = not kind.__module__.startswith("torch.") or kind is nn.Unflatten  # others follow their tensors
                 self.slots[kind] = slots(self.model, kind, self.known) if own else []
                 self.waiting[kind] = itertools.islice(_readings(self.slots[kind]), TRIES)
             reading = next(self.waiting[kind], None)

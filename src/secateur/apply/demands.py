@@ -29,11 +29,11 @@ def demands(graph: Graph, model: nn.Module, kinds: Collection[type[nn.Module]]) 
         paths = [path for path in modules_of(node) if path in owners]
         for dim in (dim for dims in each(graph.program.values.get(node)) for dim in dims) if paths else ():
             atoms = graph.program.atoms(dim)
-            here = np.unique(axis_of[atoms]) if atoms is not None else np.zeros(0)
-            if len(here) == 1 and here[0] >= 0:
-                for path in paths:
-                    if atoms is not None and _remembers(owners[path], atoms.shape[1]):
-                        groups.setdefault((path, atoms.shape[1]), set()).add(int(here[0]))
+            if atoms is None or len(atoms) > 1 or (axis_of[atoms] < 0).any():
+                continue  # a product of axes, or a part of it stays anyway
+            for path in paths:
+                if _remembers(owners[path], atoms.shape[1]):
+                    groups.setdefault((path, atoms.shape[1]), set()).update(np.unique(axis_of[atoms]).tolist())
     merged = _merge([g for g in groups.values() if len(g) > 1])
     return tuple(tuple(graph.axes[i].name for i in sorted(group)) for group in merged)
 

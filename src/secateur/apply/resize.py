@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Keep = Mapping[int, Tensor]  # dimension -> bool per index
 
@@ -19,17 +21,39 @@ def resize_(model: nn.Module, slices: Mapping[str, Keep]) -> None:
     named.update(model.named_buffers(remove_duplicate=False))
     new = {id(named[name]): _cut(named[name], keep) for name, keep in slices.items()}
     old = {id(named[name]): keep for name, keep in slices.items()}
+    changed: dict[nn.Module, dict[str, Keep]] = {}
     for module in model.modules():
-        changed: dict[str, Keep] = {}
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if id(tensor) in new:
-                    changed[name] = old[id(tensor)]
+                    changed.setdefault(module, {})[name] = old[id(tensor)]
                     tensors[name] = new[id(tensor)]  # type: ignore[assignment]
-        if changed:
+    for module in model.modules():
+        if here := {**_derived(module, changed), **changed.get(module, {})}:
             for kind, refit in _REFIT:
                 if isinstance(module, kind):
-                    refit(module, changed)
+                    refit(module, here)
+
+
+def _derived(module: nn.Module, changed: Mapping[nn.Module, Mapping[str, Keep]]) -> dict[str, Keep]:
+    """What stays of tensors that a module computes from others, as parametrizations and ``weight_norm`` do."""
+    found: dict[str, Keep] = {}
+    if is_parametrized(module):
+        lists = module.parametrizations.items()  # type: ignore[union-attr, operator]
+        sources = {name: list(changed.get(originals, {}).values()) for name, originals in lists}
+    else:
+        own = changed.get(module, {})
+        sources = {"weight": [own[n] for n in ("weight_g", "weight_v", "weight_orig") if n in own]}
+    for name, keeps in sources.items():
+        if keeps:
+            found[name] = {dim: flags for keep in keeps for dim, flags in keep.items()}
+    return found
+
+
+def _weight(m: nn.Module) -> Any:
+    """The weight; where a hook of the older ``weight_norm`` or ``spectral_norm`` makes it, what it is made from."""
+    own = (m._parameters.get(name) for name in ("weight", "weight_v", "weight_orig"))
+    return next((w for w in own if w is not None), m.weight)
 
 
 def _cut(tensor: Tensor, keep: Keep) -> Tensor:
@@ -50,7 +74,7 @@ def _conv(m: nn.Module, changed: dict[str, Keep]) -> None:
     keep = changed.get("weight", {})
     if 0 in keep and m.groups > 1:
         m.groups = _groups_left(keep[0], m.groups)
-    first, second = m.weight.shape[:2]
+    first, second = _weight(m).shape[:2]
     m.out_channels, m.in_channels = first, second * m.groups
     if m.transposed:
         m.in_channels, m.out_channels = first, second * m.groups
@@ -58,7 +82,7 @@ def _conv(m: nn.Module, changed: dict[str, Keep]) -> None:
 
 def _linear(m: nn.Module, changed: dict[str, Keep]) -> None:
     assert isinstance(m, nn.Linear)
-    m.out_features, m.in_features = m.weight.shape
+    m.out_features, m.in_features = _weight(m).shape
 
 
 def _batch_norm(m: nn.Module, changed: dict[str, Keep]) -> None:
@@ -83,7 +107,7 @@ def _group_norm(m: nn.Module, changed: dict[str, Keep]) -> None:
 
 def _embedding(m: nn.Module, changed: dict[str, Keep]) -> None:
     assert isinstance(m, (nn.Embedding, nn.EmbeddingBag))
-    m.num_embeddings, m.embedding_dim = m.weight.shape
+    m.num_embeddings, m.embedding_dim = _weight(m).shape
 
 
 def _prelu(m: nn.Module, changed: dict[str, Keep]) -> None:
@@ -96,7 +120,8 @@ def _recurrent(m: nn.Module, changed: dict[str, Keep]) -> None:
     assert isinstance(m, nn.RNNBase)
     m._flat_weights = [getattr(m, name) for name in m._flat_weights_names]
     w_ih, w_hh, w_hr = (getattr(m, f"weight_{kind}_l0", None) for kind in ("ih", "hh", "hr"))
-    assert w_ih is not None and w_hh is not None
+    assert w_ih is not None
+    assert w_hh is not None
     m.input_size, m.hidden_size = w_ih.shape[1], w_hh.shape[1]
     if w_hr is not None:  # an LSTM whose state is a projection of its hidden units
         m.proj_size, m.hidden_size = w_hr.shape
@@ -112,6 +137,18 @@ def _bilinear(m: nn.Module, changed: dict[str, Keep]) -> None:
     m.out_features, m.in1_features, m.in2_features = m.weight.shape
 
 
+def _multihead(m: nn.Module, changed: dict[str, Keep]) -> None:
+    """Its code takes heads x width for the width of the input; where those differ now, it fails."""
+    assert isinstance(m, nn.MultiheadAttention)
+    fused = m.in_proj_weight is not None
+    rows = changed.get("in_proj_weight" if fused else "q_proj_weight", {}).get(0)
+    if rows is not None:
+        m.num_heads = _groups_left(rows[: m.num_heads * m.head_dim], m.num_heads)
+    m.embed_dim = len(m.out_proj.weight)
+    m.head_dim = m.out_proj.weight.shape[1] // m.num_heads
+    m.kdim, m.vdim = (m.embed_dim, m.embed_dim) if fused else (m.k_proj_weight.shape[1], m.v_proj_weight.shape[1])
+
+
 _REFIT: tuple[
     tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[nn.Module, dict[str, Keep]], None]], ...
 ] = (
@@ -125,4 +162,5 @@ _REFIT: tuple[
     (nn.RNNBase, _recurrent),
     (nn.modules.rnn.RNNCellBase, _cell),
     (nn.Bilinear, _bilinear),
+    (nn.MultiheadAttention, _multihead),
 )

@@ -15,6 +15,7 @@ from secateur.errors import TraceError
 from secateur.graph import analyze
 from secateur.planning import make
 from secateur.tasks import call, clone, plain
+from secateur.testing import check_removing_is_zeroing
 
 for topic in "attention convolutions forms joins layouts mixing norms program recurrent vision".split():  # noqa: SIM905
     importlib.import_module(f"structures.{topic}")
@@ -176,3 +177,11 @@ def test_frozen_or_refused_with_the_reason(case):
         graph = analyze(model, case.inputs(2))
         assert not graph.free
         assert any(re.search(case.frozen, a.frozen) for a in graph.axes)
+
+
+@pytest.mark.parametrize("name", ["14-shufflenet_units", "24-attention_by-einsum", "26-grouped_queries", "51-repeated"])
+def test_a_rewritten_program_can_be_pruned_again(name):
+    once = Carried(next(case for case in CASES if case.id == name))
+    assert once.done.form == "program"
+    twice = check_removing_is_zeroing(once.done.model, once.inputs, budget="params=80%")
+    assert len(floats(call(twice.model, once.case.inputs(5)))[0]) == 5

@@ -5,6 +5,7 @@ It is the second oracle, and the result where a class hard-codes sizes.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -100,7 +101,6 @@ class _Writer:
     ) -> None:
         self.program, self.model, self.root, self.graph, self.new = program, model, root, graph, new
         self.here: fx.Node | None = None
-        self.constants = self.dropouts = 0
         self.cut = Cut(program.engine, alive, self._constant, self._scale, self._contiguous)
 
     def tensor(self, node: fx.Node) -> None:
@@ -129,9 +129,7 @@ class _Writer:
         if name == "batch_norm":
             self._batch_norm(op)
         elif name in _DROPOUT and op.args["p"] > 0:
-            self.dropouts += 1
-            dropout = _DROPOUT[name](op.args["p"])
-            self._module(f"dropout_{self.dropouts}", dropout, op.tensors[0])
+            self._module(self._unused("dropout"), _DROPOUT[name](op.args["p"]), op.tensors[0])
 
     def _touched(self, node: fx.Node) -> bool:
         """Whether a dimension of the operator's inputs or outputs lost something."""
@@ -153,9 +151,13 @@ class _Writer:
         self.here.args = fx.node.map_arg(tuple(args), lambda n: self.new.get(n, n))
         self.here.kwargs = fx.node.map_arg(kwargs, lambda n: self.new.get(n, n))
 
+    def _unused(self, prefix: str) -> str:
+        """A name that neither the model nor the program has: a program may be rewritten again."""
+        names = (f"{prefix}_{k}" for k in itertools.count(1))
+        return next(n for n in names if not hasattr(self.model, n) and not hasattr(self.root, n))
+
     def _constant(self, value: torch.Tensor) -> fx.Node:
-        name = f"secateur_index_{self.constants}"
-        self.constants += 1
+        name = self._unused("secateur_index")
         device = next((p.device for p in self.model.parameters()), value.device)
         put(self.root, name, value.to(device))
         assert self.here is not None

@@ -6,6 +6,7 @@ size is given the new one where that makes the module compute what the program c
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import inspect
 import itertools
@@ -105,10 +106,15 @@ def _names(module: nn.Module) -> Iterator[str]:
     for name, value in vars(module).items():
         if _sized(value) and name not in ("_version", "call_super_init"):
             yield name
-        elif name == "config" or (hasattr(value, "__dataclass_fields__") and not name.startswith("_")):
+        elif name == "config" or (_is_record(value) and not name.startswith("_")):
             for inner, part in getattr(value, "__dict__", {}).items():
                 if _sized(part) and not inner.startswith("_"):
                     yield f"{name}.{inner}"
+
+
+def _is_record(value: Any) -> bool:
+    """A dataclass instance whose fields can be set."""
+    return dataclasses.is_dataclass(value) and not getattr(type(value), "__dataclass_params__").frozen  # noqa: B009
 
 
 def _mentioned(kind: type[nn.Module]) -> set[str]:

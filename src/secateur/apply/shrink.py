@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from secateur.apply.adapt import Adapted, adapt_
@@ -153,7 +153,7 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
     if dropped.why:
         small = clone(model)
         resize_(small, narrow.slices)
-        small = as_program(model, plan, small, inputs)
+        small = as_program(model, plan, small, inputs, graph)
         error = relative_error(run(small, inputs), oracle)
         if not error <= tolerance:
             raise LawError(f"the program rewritten for any batch size differs from the traced one by {error:.2g}")
@@ -194,26 +194,28 @@ def _flags(graph: Graph, plan: Plan) -> dict[str, Flags]:
     return {name: flags.cpu().numpy() for name, flags in plan.units.items() if name in axes}
 
 
-def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any) -> nn.Module:
+def as_program(model: nn.Module, plan: Plan, small: nn.Module, inputs: Any, graph: Graph | None = None) -> nn.Module:
     """The rewritten program of ``model`` over the sliced tensors of ``small``.
 
-    It is not tied to the example's batch size where the model allows that: where the open program has the same axes,
-    and runs.
+    It is not tied to the example's batch size where the model allows that: where the open program has the same axes
+    and blocks, and runs. Otherwise it is that of ``graph``, which is found anew where it is not given.
     """
-    slices = {name: {d: flags.cpu().numpy() for d, flags in dims.items()} for name, dims in plan.cuts.items()}
     free = _again(model, plan, inputs, dynamic_batch=True)
-    # A block that goes may compute the batch size for others.
-    if not plan.dropped or {b.name for b in free.blocks if not b.frozen} >= set(plan.dropped):
-        program = free.without(plan.dropped).program
-        alive = program.alive_after(slices)
-        if program.slices(alive) == {(name, d): tuple(f) for name, dims in slices.items() for d, f in dims.items()}:
-            with contextlib.suppress(TraceError):
-                written = rewrite(program, small, alive)
-                attention_dropout_(written, model, inputs)
-                run(written, inputs)
-                return written
-    tied = _again(model, plan, inputs).without(plan.dropped).program
-    written = rewrite(tied, small, tied.alive_after(slices))
+    with contextlib.suppress(PlanError, TraceError):
+        if {b.name for b in free.blocks if not b.frozen} >= set(plan.dropped):  # one may compute the batch for others
+            written = _written(free, plan, model, small, inputs)
+            run(written, inputs)
+            return written
+    return _written(graph or _again(model, plan, inputs), plan, model, small, inputs)
+
+
+def _written(graph: Graph, plan: Plan, model: nn.Module, small: nn.Module, inputs: Any) -> fx.GraphModule:
+    """The graph's program with the plan's sizes. Raises PlanError where its axes are not those of the plan."""
+    program, alive = graph.without(plan.dropped).program, graph.alive(_flags(graph, plan))
+    cuts = {(name, d): tuple(flags.tolist()) for name, dims in plan.cuts.items() for d, flags in dims.items()}
+    if program.slices(alive) != cuts:
+        raise PlanError("the plan keeps other channels than the axes of this model; make the plan anew")
+    written = rewrite(program, small, alive)
     attention_dropout_(written, model, inputs)
     return written
 

@@ -85,17 +85,6 @@ class Program:
         """Parameters that the example inputs do not reach, so that nothing is known of how they belong together."""
         return tuple(t.name for t in self.tensors.values() if t.kind == "parameter" and not t.read)
 
-    def alive_after(self, slices: Mapping[str, Mapping[int, Flags]]) -> Flags:
-        """One flag per label when tensors lose what ``slices`` says: a label is gone when no index of it is left."""
-        alive: Flags = np.ones(self.labels, bool)
-        for name, dims in slices.items():
-            for d, flags in dims.items():
-                atoms = self.atoms(self.tensors[name].dims[d])
-                if atoms is not None:
-                    gone = np.setdiff1d(atoms[:, ~flags], atoms[:, flags])
-                    alive[gone[gone > 0]] = False
-        return alive
-
     def slices(self, alive: Flags) -> dict[tuple[str, int], tuple[bool, ...]]:
         """Per tensor of the model and dimension that loses some, which indices stay."""
         found = {}

@@ -113,10 +113,11 @@ def _least(program: Program, axis_of: NDArray[np.int32]) -> dict[int, int]:
 def _merge_rows(members: list[Member]) -> list[Member]:
     """One member per tensor and dimension, unless an index belongs to two units of the axis at once."""
     out: list[Member] = []
+    first: dict[tuple[str, int], int] = {}
     for m in members:
-        last = next((o for o in out if (o.tensor, o.dim) == (m.tensor, m.dim)), None)
-        if last is not None and not ((last.units >= 0) & (m.units >= 0)).any():
-            out[out.index(last)] = Member(m.tensor, m.dim, np.maximum(last.units, m.units))
+        at = first.setdefault((m.tensor, m.dim), len(out))
+        if at < len(out) and not ((out[at].units >= 0) & (m.units >= 0)).any():
+            out[at] = Member(m.tensor, m.dim, np.maximum(out[at].units, m.units))
         else:
             out.append(m)
     return out

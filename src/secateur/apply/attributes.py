@@ -251,25 +251,29 @@ class _Readings:
         self.now: dict[type[nn.Module], Reading] = {}
         self.best: dict[type[nn.Module], tuple[int, Reading]] = {}  # modules right with it
         self.seen: dict[tuple[int, str], None] = {}  # how many modules were right, and what was wrong then
+        self.before: dict[type[nn.Module], int] = {}  # modules right without it
         self.last: type[nn.Module] | None = None  # whose attributes were set last
-        self.outer = False  # whether those were set for the first time, on behalf of another class
+        self.outer = False  # whether those were set for the first time, after an inner class was of no help
 
     def next_(self, wrong: Wrong) -> bool:
         """Read the attributes of the innermost class to blame in the next way; False where none is left."""
         self._note(wrong)
+        self.outer = inner = False
         for kind in (type(module) for module in wrong.chain):
-            new = kind not in self.slots
-            if new:
+            if kind not in self.slots:
                 own = not kind.__module__.startswith("torch.") or kind is nn.Unflatten  # others follow their tensors
                 self.slots[kind] = slots(self.model, kind, self.known) if own else []
                 self.waiting[kind] = itertools.islice(_readings(self.slots[kind]), TRIES)
+                self.before[kind] = wrong.right
+                self.outer = inner
+            inner = inner or bool(self.slots[kind])
             reading = next(self.waiting[kind], None)
             if reading is not None:
                 self.read_(kind, reading)
-                self.last, self.outer = kind, new and kind is not type(wrong.chain[0])
+                self.last = kind
                 return True
-            if kind in self.best:
-                self.read_(kind, self.best[kind][1])
+            right, best = self.best.get(kind, (0, ()))
+            self.read_(kind, best if right > self.before[kind] else (KEEP,) * len(self.slots[kind]))
         return False
 
     def _note(self, wrong: Wrong) -> None:

@@ -23,6 +23,7 @@ from secateur.apply.blame import relative_error
 from secateur.errors import TraceError
 from secateur.graph.trace import first_line, run
 
+OTHERS = "its configuration makes other tensors"
 CANDIDATES, MAKES = 3, 96
 """How many new values of one field are tried, and how often the class is made."""
 
@@ -93,12 +94,14 @@ class _Search:
         self.attributes = {(p, n): v for p, vs in changed.items() for n, v in vs.items() if "." not in n}
         self.known: dict[tuple[tuple[str, int], ...], tuple[float, str]] = {}
 
-    def best(self, candidates: Mapping[str, tuple[int, ...]]) -> tuple[Setting, str]:
+    def best(self, candidates: Mapping[str, tuple[tuple[int, ...], bool]]) -> tuple[Setting, str]:
         """The setting that makes the wanted shapes and attributes, and "" or why there is none."""
         dense = self.far({})
         moving = {}
-        for name, values in candidates.items():
-            if self.far({name: values[0]})[0] != dense[0]:
+        for name, (values, optional) in candidates.items():
+            distance, why = self.far({name: values[0]})
+            broken = why == OTHERS or (optional and distance == math.inf)
+            if distance != dense[0] and not broken:
                 moving[name] = values
         setting: dict[str, int] = {name: values[0] for name, values in moving.items()}
         distance, why = self.far(setting)
@@ -123,7 +126,7 @@ class _Search:
             return math.inf, made
         state = {name: tuple(t.shape) for name, t in made.state_dict().items()}
         if state.keys() != self.shapes.keys() or any(len(s) != len(state[n]) for n, s in self.shapes.items()):
-            return math.inf, "its configuration makes other tensors"
+            return math.inf, OTHERS
         total, why = 0.0, ""
         for name, shape in self.shapes.items():
             if shape != state[name]:
@@ -138,19 +141,10 @@ class _Search:
 
     def make(self, setting: Setting, like: nn.Module | None) -> nn.Module | str:
         """The class made from the configuration, on the meta device or ``like`` another model; or what it said."""
-        config = copy.deepcopy(self.config)
-        for name, value in setting.items():
-            *through, leaf = name.split(".")
-            owner = config
-            for part in through:
-                owner = getattr(owner, part)
-            if leaf.isdigit():
-                owner[int(leaf)] = value
-            else:
-                setattr(owner, leaf, value)
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
                 warnings.simplefilter("ignore")
+                config = _with(copy.deepcopy(self.config), setting)
                 if like is None:
                     with torch.device("meta"):
                         return self.kind(config)
@@ -160,29 +154,50 @@ class _Search:
             return f"{self.kind.__name__} cannot be made with these widths ({first_line(error)})"
 
 
+def _with(config: Any, setting: Setting) -> Any:
+    """The configuration with new values, in place, and checked as it would be on loading."""
+    for name, value in setting.items():
+        *through, leaf = name.split(".")
+        owner = config
+        for part in through:
+            owner = getattr(owner, part)
+        if leaf.isdigit():
+            owner[int(leaf)] = value
+        else:
+            setattr(owner, leaf, value)
+    if hasattr(config, "validate"):
+        config.validate()
+    return config
+
+
 def _moved(setting: Setting, name: str, value: int | None) -> dict[str, int]:
     moved = {n: v for n, v in setting.items() if n != name}
     return moved if value is None else moved | {name: value}
 
 
-def _candidates(config: Any, known: Mapping[str, Sizes]) -> dict[str, tuple[int, ...]]:
-    """Fields that hold a size which changed somewhere, with the sizes that it became, the most frequent first."""
+def _candidates(config: Any, known: Mapping[str, Sizes]) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Fields that hold a size which changed somewhere, with the sizes that it became, the most frequent first.
+
+    A field that holds nothing may stand for the size of any tensor; those are marked True.
+    """
     became: dict[int, Counter[int]] = {}
-    for path_sizes in known.get("", {}).values():
-        for old, news in path_sizes.items():
+    anything: Counter[int] = Counter()
+    for (_, which, _), here in known.get("", {}).items():
+        for old, news in here.items():
             became.setdefault(old, Counter()).update(new for new in news if new != old)
+            anything.update(news if which < 0 else ())
     return {
-        name: tuple(new for new, _ in became[value].most_common(CANDIDATES))
+        name: (tuple(n for n, _ in votes.most_common(CANDIDATES * (1 if value else 2))), value is None)
         for name, value in _fields(config)
-        if became.get(value)
+        if (votes := anything if value is None else became.get(value))
     }
 
 
-def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+def _fields(config: Any, prefix: str = "") -> Iterator[tuple[str, int | None]]:
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
-        if type(value) is int:
+        if type(value) is int or value is None:
             yield prefix + name, value
         elif isinstance(value, list):
             yield from ((f"{prefix}{name}.{i}", v) for i, v in enumerate(value) if type(v) is int)

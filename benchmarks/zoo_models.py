@@ -181,7 +181,7 @@ class Detector(nn.Module):
 def torchvision_models() -> list[Entry]:
     def classifier(name: str, side: int) -> Built:
         models = common.torchvision().models
-        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        extra = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
         return models.get_model(name, weights=None, **extra), torch.randn(2, 3, side, side)
 
     def segmenter(name: str) -> Built:

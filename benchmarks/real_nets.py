@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +26,7 @@ from torch import Tensor, nn
 import common
 import detector
 import texts
-from secateur.apply.shrink import carry_out
-from secateur.graph import analyze
-from secateur.planning import make
+from secateur import prune
 from secateur.recipe import load_callable
 from secateur.recover import recalibrate_, recover
 from secateur.tasks import Task, evaluate
@@ -67,7 +64,7 @@ def fastestdet() -> Net:
 
 def encoder() -> Net:
     task = texts.sst2()
-    return Net(texts.encoder(), task.test[0][:2], "accuracy", *_accuracy(task), task=task, epochs=2)
+    return Net(texts.encoder(), task.test[0][:2], "accuracy", *_accuracy(task), task=task, epochs=1)
 
 
 def mobilenetv2() -> Net:
@@ -97,7 +94,7 @@ def llama() -> Net:
         return [(-score * tokens, tokens) for score, tokens in zip(likelihoods, lengths, strict=True)]
 
     inputs = {"input_ids": task.train[0][None, :32]}
-    return Net(texts.llama(), inputs, "perplexity", examples, perplexity, task=task, epochs=5)
+    return Net(texts.llama(), inputs, "perplexity", examples, perplexity, task=task, epochs=3)
 
 
 def _accuracy(task: Task) -> tuple[Callable[[nn.Module], Sequence[Any]], Callable[[Sequence[Any]], float]]:
@@ -109,13 +106,9 @@ NETS = (fastestdet, encoder, llama, mobilenetv2)
 
 def shrink(net: Net, criterion: str) -> dict[str, Any]:
     """One row: the network without 30 % of its parameters, its metric after every step."""
-    start = time.perf_counter()
-    graph = analyze(net.model, net.inputs)
-    plan = make(net.model, graph, budget=BUDGET, criterion=criterion)
-    done = carry_out(net.model, plan)
-    seconds = time.perf_counter() - start
-    assert done.law is not None
-    small = done.model
+    result = prune(net.model, net.inputs, budget=BUDGET, criterion=criterion)
+    small, law, rows = result.model, result.report.law, result.report.rows
+    assert law is not None
     found = {"dense": net.examples(net.model), "pruned": net.examples(small)}
     if net.calibration is not None:
         recalibrate_(small, net.calibration)
@@ -130,12 +123,11 @@ def shrink(net: Net, criterion: str) -> dict[str, Any]:
         "stages": {stage: net.metric(examples) for stage, examples in found.items()},
         "change": _change(net, found["dense"], list(found.values())[-1]),
         "epochs": net.epochs,
-        "params": [sum(p.numel() for p in model.parameters()) for model in (net.model, small)],
-        "macs": [graph.cost().macs, graph.cost({n: flags.numpy() for n, flags in plan.units.items()}).macs],
-        "law": {"error": done.law.error, "oracle": done.law.oracle},
-        "form": done.form,
-        "why": done.why,
-        "seconds": seconds,
+        "params": [rows[0].params, rows[-1].params],
+        "macs": [rows[0].macs, rows[-1].macs],
+        "law": {"error": law.error, "oracle": law.oracle},
+        "form": result.form,
+        "why": result.report.meta["why"],
     }
 
 

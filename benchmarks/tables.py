@@ -106,6 +106,17 @@ def _outcome(row: Row) -> str:
     return "less" if outcome in ("law", "forward") and row["left"] > 0.65 else outcome
 
 
+def _scale(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    yield ("model", "parameters", "axes", "torch.export", "analysis beyond it", "plan", "shrink", "peak memory")
+    for name, row in rows.items():
+        seconds = row["seconds"]
+        yield (
+            *(name, count(row["params"]), f"{row['axes']}"),
+            *(f"{seconds[step]:.1f} s" if step in seconds else "-" for step in ("export", "analysis", "plan", "shrink")),
+            size(row["memory"]),
+        )
+
+
 def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     """Every field, as it is."""
     heads = list(next(iter(rows.values())))
@@ -126,6 +137,7 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "cost_global": _plain,
     "zoo": _zoo,
     "real_nets": _real,
+    "scale": _scale,
 }
 
 

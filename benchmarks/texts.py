@@ -49,14 +49,14 @@ def encoder() -> nn.Module:
 
 
 def sst2() -> Classification:
-    """Sentences and phrases of SST-2: 20,000 of training, 2,000 of validation, and the 6,735 of the train-dev split."""
+    """Sentences and phrases of SST-2: 8,000 of training, 1,000 of validation, and the 6,735 of the train-dev split."""
     folder = data_folder()
     names = json.loads((folder / "encoder_sst2/vocab.json").read_text())
     vocabulary = {word: i for i, word in enumerate(names)}
     x, y = _sentences(folder / "text/sst2_train.tsv", vocabulary)
     test = _sentences(folder / "text/sst2_traindev.tsv", vocabulary)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, validation = order[:20_000], order[20_000:22_000]
+    train, validation = order[:8_000], order[8_000:9_000]
     return Classification(
         train=(x[train], y[train]), validation=(x[validation], y[validation]), test=test, batch_size=64
     )

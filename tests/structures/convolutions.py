@@ -107,6 +107,15 @@ def widening_groups():
     return nn.Sequential(conv(3, 12), nn.ReLU(), conv(12, 24, groups=4), nn.ReLU(), tail(24))
 
 
+@case(16, free=[6, 4], frozen="would leave dimension 0 of a.weight empty")
+def groups_of_two_branches():
+    """Every branch is one group of the convolution that follows."""
+    return Net(
+        lambda s, x: s.tail(s.c(torch.cat([F.relu(s.a(x)), F.relu(s.b(x))], 1))),
+        a=conv(3, 6), b=conv(3, 6), c=conv(12, 8, groups=2), tail=tail(8),
+    )  # fmt: skip
+
+
 @case(16, free=[8, 16])
 def inverted_residual():
     def body(s, x):

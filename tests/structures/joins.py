@@ -150,6 +150,16 @@ def simple_gate_with_depthwise():
     return Net(body, stem=conv(3, 8), tail=tail(8), **parts)
 
 
+@case(8, free=[8], inputs=lambda n: (torch.randn(n, 3, 8, 8), torch.randint(0, 5, (n,))))
+def batch_norm_scaled_by_a_class():
+    def body(s, x, label):
+        scale, shift = s.styles(label)[..., None, None].chunk(2, 1)
+        return s.tail(F.relu(s.norm(s.a(x)) * scale + shift))
+
+    norm = nn.BatchNorm2d(8, affine=False)
+    return Net(body, a=conv(3, 8), norm=norm, styles=nn.Embedding(5, 16), tail=tail(8))
+
+
 case(9, free=[4, 6, 6, 6, 6])(nets.split_to_branches)
 
 

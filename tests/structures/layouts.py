@@ -306,6 +306,15 @@ def unfolded_patches(how):
     return Net(body, a=conv(3, 6), c=conv(10, 4), **part)
 
 
+@case(51, free=[6, 5], frozen="becomes space in aten.col2im")
+def patches_mixed_and_folded_back():
+    def body(s, x):
+        patches = F.unfold(F.relu(s.a(x)), 2, stride=2)
+        return s.c(F.fold(s.b(patches.mT).mT, (8, 8), 2, stride=2))
+
+    return Net(body, a=conv(3, 6), b=nn.Linear(24, 20), c=conv(5, 4))
+
+
 @case(51, free=[6])
 def windows_by_tensor_unfold():
     def body(s, x):

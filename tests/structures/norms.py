@@ -291,3 +291,22 @@ def normalized_input_and_channel_mask():
     off = torch.tensor([False, True, False, False] * 2).view(1, 8, 1, 1)
     mean, std = torch.rand(1, 3, 1, 1), torch.rand(1, 3, 1, 1) + 0.5
     return Net(body, a=conv(3, 8), tail=tail(8), off=off, mean=mean, std=std)
+
+
+@case(30, free=[6], frozen="spatial dimension of aten.avg_pool3d")
+def local_response_norm():
+    """As in AlexNet: channels are averaged with their neighbours, so that distances matter."""
+    return nn.Sequential(conv(3, 8), nn.ReLU(), nn.LocalResponseNorm(3), conv(8, 6), nn.ReLU(), tail(6))
+
+
+@case(30, free=[6, 10], inexact=True)
+def layer_norm_of_a_flattened_map():
+    parts = [conv(3, 6, stride=2), nn.ReLU(), nn.Flatten(), nn.LayerNorm(96), nn.Linear(96, 10), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(10, 3))
+
+
+@case(33, free=[8])
+def convolution_and_its_transpose_of_one_weight():
+    return Net(
+        lambda s, x: F.conv_transpose2d(F.relu(s.b(F.relu(s.a(x)))), s.a.weight, padding=1), a=conv(3, 8), b=conv(8, 8)
+    )

@@ -1,4 +1,4 @@
-"""Rows 36, 37, 40: parameters in products of every form, recurrent layers, embeddings."""
+"""Rows 36, 37, 40: parameters in products of every form, recurrent layers and scans, embeddings."""
 
 from __future__ import annotations
 
@@ -245,3 +245,40 @@ def factorized_embedding():
         return s.head(F.gelu(s.up(x)))
 
     return Net(body, emb=nn.Embedding(20, 4), up=nn.Linear(4, 8, bias=False), head=nn.Linear(8, 3))
+
+
+@case(37, free=[12, 4, 8, 3], inputs=ids(), inexact=True)
+def selective_state_space():
+    """As in Mamba: a scan whose decay, input and output weights are computed from what is scanned."""
+
+    def body(s, words):
+        x = s.emb(words)
+        u, gate = s.into(s.norm(x)).chunk(2, -1)
+        u = F.silu(s.conv(u.transpose(1, 2))[..., :7]).transpose(1, 2)
+        step, b, c = s.weights(u).split([3, 4, 4], -1)
+        step, decay = F.softplus(s.step(step)), -torch.exp(s.log_decay)
+        state, ys = torch.zeros(x.shape[0], 12, 4), []
+        for t in range(7):
+            state = torch.exp(step[:, t, :, None] * decay) * state + (step * u)[:, t, :, None] * b[:, t, None, :]
+            ys.append((state * c[:, t, None]).sum(-1))
+        return s.head(x + s.out((torch.stack(ys, 1) + u * s.skip) * F.silu(gate)))
+
+    parts = {"into": nn.Linear(8, 24), "conv": nn.Conv1d(12, 12, 4, padding=3, groups=12), "out": nn.Linear(12, 8)}
+    parts |= {"weights": nn.Linear(12, 11), "step": nn.Linear(3, 12), "log_decay": nn.Parameter(torch.randn(12, 4) / 9)}
+    parts |= {"skip": nn.Parameter(torch.ones(12)), "emb": nn.Embedding(20, 8), "head": nn.Linear(8, 5)}
+    return Net(body, norm=nn.RMSNorm(8), **parts)
+
+
+@case(37, free=[10, 16, 10], inputs=tokens(8))
+def tokens_shifted_by_one():
+    """As in RWKV: every token is mixed with the one before it, channel by channel."""
+
+    def body(s, x):
+        x = s.into(x)
+        before = F.pad(x, (0, 0, 1, -1))
+        keys = s.k(x * s.mix_k + before * (1 - s.mix_k))
+        gate = torch.sigmoid(s.r(x * s.mix_r + before * (1 - s.mix_r)))
+        return s.out(gate * s.v(F.relu(keys).square()))
+
+    parts = {"mix_k": nn.Parameter(torch.rand(10)), "mix_r": nn.Parameter(torch.rand(10)), "k": nn.Linear(10, 16)}
+    return Net(body, into=nn.Linear(8, 10), v=nn.Linear(16, 10), r=nn.Linear(10, 10), out=nn.Linear(10, 3), **parts)

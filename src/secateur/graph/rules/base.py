@@ -95,6 +95,11 @@ class Op:
     def sizes(self, name: str) -> tuple[int, ...]:
         return sizes_of(self.args[name])
 
+    def number(self, name: str) -> int:
+        """An integer argument; a symbolic one as it is on the example inputs."""
+        value = self.args[name]
+        return size(value.meta["val"] if isinstance(value, fx.Node) else value)
+
     def dim(self, name: str = "dim", of: str = "self") -> int:
         """A dimension argument, counted from the front."""
         return int(self.args[name]) % max(len(self.sizes(of)), 1)

@@ -39,7 +39,7 @@ def _convolve(op: Op, out_dim: int) -> Value:
 
 def channels(op: Op, x: Dim, n: int, out_dim: int = 0) -> Dim:
     """Tie a convolution's weight and bias to ``n`` input channels; the labels of its output channels."""
-    w, groups, rows = op.dims("weight"), int(op.args["groups"]), op.sizes("weight")[0]
+    w, groups, rows = op.dims("weight"), op.number("groups"), op.sizes("weight")[0]
     if groups == 1:
         op.labels.unite(x, w[1 - out_dim], op.where)
         out = w[out_dim]
@@ -71,12 +71,12 @@ def _pointwise(op: Op, d: int) -> bool:
 
 
 def rewrite_groups(op: Op, cut: Cut) -> dict[str, Any]:
-    groups = int(op.args["groups"])
-    if groups == 1:
+    groups, n = op.number("groups"), op.sizes("weight")[0]
+    left = len(set((cut.kept(op.dims("weight")[0], n) // (n // groups)).tolist()))
+    if left == groups:
         return {}
-    n = op.sizes("weight")[0]
-    by_group = cut.kept(op.dims("weight")[0], n) // (n // groups)
-    return {"groups": len(set(by_group.tolist()))}
+    asked = op.args["groups"]
+    return {"groups": cut.scale(asked, left, groups) if isinstance(asked, fx.Node) else left}
 
 
 def linear(op: Op) -> Value:

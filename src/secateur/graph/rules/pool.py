@@ -36,6 +36,14 @@ def grid_with_indices(op: Op) -> Value:
     return out, out
 
 
+def unpool(op: Op) -> Value:
+    """``max_unpool``: every value goes to where its index, in the same channel, says."""
+    x, space = op.dims("self"), _space(op)
+    for mine, other in zip(x, op.dims("indices"), strict=True):
+        op.labels.unite(mine, other, op.where)
+    return op.keep_leading(x, space)
+
+
 def pixel_shuffle(op: Op) -> Value:
     """Channels are (channel, r, r): the r x r positions become space and must stay."""
     x, r = op.dims("self"), int(op.args["upscale_factor"])
@@ -127,6 +135,7 @@ RULES: dict[str, Rule] = {
     "view_as_real": view_as_real,
     **dict.fromkeys(_POOLS.split(), grid),
     **dict.fromkeys(_WITH_INDICES.split(), grid_with_indices),
+    **dict.fromkeys(("max_unpool2d", "max_unpool3d"), unpool),
     "pixel_shuffle": pixel_shuffle,
 }
 REWRITES: dict[str, Rewrite] = {"view_as_complex": rewrite_view_as_complex}

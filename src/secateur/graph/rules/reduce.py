@@ -24,5 +24,12 @@ def reduction(op: Op) -> Value:
     return (kept, list(kept)) if isinstance(op.node.meta["val"], tuple) else kept
 
 
-RULES: dict[str, Rule] = dict.fromkeys(_NAMES.split(), reduction)
+def similarity(op: Op) -> Value:
+    """``cosine_similarity``: one number of two vectors along a dimension."""
+    x = op.broadcast((op.dims("x1"), op.sizes("x1")), (op.dims("x2"), op.sizes("x2")))
+    op.labels.mark_inexact(x.pop(op.dim(of="x1")))
+    return x
+
+
+RULES: dict[str, Rule] = {**dict.fromkeys(_NAMES.split(), reduction), "cosine_similarity": similarity}
 REWRITES: dict[str, Rewrite] = {}

@@ -6,7 +6,9 @@ states are an output of the whole model, for one, keeps its residual stream.
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import common
+import zoo
 import zoo_models
 from zoo_law import law_row
 
@@ -78,3 +81,29 @@ def test_hugging_face(name: str, entries: dict[str, zoo_models.Entry]) -> None:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name: str, entries: dict[str, zoo_models.Entry]) -> None:
     holds(entries[f"torchvision/{name}"], 0.99)
+
+
+def test_every_model_gives_one_row_whatever_its_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = {
+        "answers": lambda: {"outcome": "law"},
+        "computes for ever": lambda: max(iter(int, 1)),
+        "waits for ever": lambda: time.sleep(1000),
+        "dies": lambda: os._exit(3),
+    }
+    monkeypatch.setattr(zoo, "tool", lambda _: lambda entry: ends[entry.name]())
+    monkeypatch.setattr(zoo, "limit", lambda *_: 1)
+    rows: dict[str, dict] = {}
+    entries = [zoo_models.Entry("timm", name, lambda: (torch.nn.Identity(), None)) for name in ends]
+    zoo.run_all(entries, "secateur", 2, lambda entry, row: rows.update({entry.name: row}))
+    outcomes = {name: row["outcome"] for name, row in rows.items()}
+    assert outcomes == {"answers": "law", "computes for ever": "hang", "waits for ever": "hang", "dies": "crash"}
+    assert "exit code 3" in rows["dies"]["message"]
+
+
+def test_rows_are_kept_in_the_order_of_the_lists(tmp_path: Path) -> None:
+    results = zoo.Results("secateur", tmp_path / "rows.json")
+    results.add("hf/llama", {"outcome": "law"})
+    results.add("timm/beit", {"outcome": "hang"})
+    again = zoo.Results("secateur", tmp_path / "rows.json")
+    assert list(again.rows) == ["timm/beit", "hf/llama"]
+    assert zoo.summary(again.rows).splitlines()[0].startswith("timm: 1 models: 1 hang; 0 with")

@@ -107,12 +107,13 @@ def _outcome(row: Row) -> str:
 
 
 def _scale(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    steps = ("export", "analysis", "plan", "shrink")
     yield ("model", "parameters", "axes", "torch.export", "analysis beyond it", "plan", "shrink", "peak memory")
     for name, row in rows.items():
         seconds = row["seconds"]
         yield (
             *(name, count(row["params"]), f"{row['axes']}"),
-            *(f"{seconds[step]:.1f} s" if step in seconds else "-" for step in ("export", "analysis", "plan", "shrink")),
+            *(f"{seconds[step]:.1f} s" if step in seconds else "-" for step in steps),
             size(row["memory"]),
         )
 

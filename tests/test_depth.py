@@ -754,7 +754,8 @@ def _llama(transformers):
 
 def _qwen3(transformers):
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    config = transformers.Qwen3Config(**_sizes(), head_dim=8, use_cache=False, layer_types=kinds, sliding_window=3)
+    window = {"layer_types": kinds, "sliding_window": 3, "use_sliding_window": True}
+    config = transformers.Qwen3Config(**_sizes(), head_dim=8, num_key_value_heads=2, use_cache=False, **window)
     return transformers.Qwen3ForCausalLM(config), {}
 
 

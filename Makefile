@@ -1,8 +1,9 @@
 # One environment, .venv, made from constraints.txt on first use and again when either file changes.
 PYTHON ?= python3
 BIN := .venv/bin
+TEST_PROCESSES ?= 2
 
-.PHONY: setup demo check test bench zoo docs
+.PHONY: setup demo check test nightly bench zoo docs
 .DEFAULT_GOAL := setup
 
 setup: .venv/stamp
@@ -26,7 +27,10 @@ check: setup  ## what CI runs first
 	$(BIN)/mypy
 
 test: setup  ## what CI runs second
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
+
+nightly: setup  ## the law over 2,000 networks drawn at random
+	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) -m nightly
 
 bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/first_road.py

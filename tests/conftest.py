@@ -12,8 +12,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Two cores serve the whole suite; more threads than that only wait for each other.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Two processes share the suite; more threads than one in each only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -65,6 +65,14 @@ Tie = Annotated[
 FreeOutput = Annotated[
     list[int] | None, typer.Option(metavar="N", help="Output tensor, from 0, that may lose channels; repeatable.")
 ]
+Pattern = Annotated[str, typer.Option(help="unstructured, 2:4, block:4x1, channel, channel/8, layer or channel+layer.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(
+        help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, taylor, "
+        "magnitude or random. Default: magnitude, for layers influence."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -125,9 +133,7 @@ def prune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model, plan and report go.")],
     data: Data = None,
     input: Input = None,
-    pattern: Annotated[
-        str, typer.Option(help="unstructured, 2:4, block:4x1, channel, channel/8, layer or channel+layer.")
-    ] = "channel",
+    pattern: Pattern = "channel",
     budget: Annotated[
         str | None,
         typer.Option(
@@ -135,13 +141,7 @@ def prune(
             "Patterns such as 2:4 need none."
         ),
     ] = None,
-    criterion: Annotated[
-        str | None,
-        typer.Option(
-            help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, "
-            "taylor, magnitude or random. Default: magnitude, for layers influence."
-        ),
-    ] = None,
+    criterion: Criterion = None,
     allocate: Annotated[str, typer.Option(help="global, uniform or module:function.")] = "global",
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")

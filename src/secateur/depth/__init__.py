@@ -72,9 +72,7 @@ def make(
     wish = parse_budget(budget) if budget is not None else None
     if wish is None or wish.kind == "max_drop":
         raise SpecError(f"pattern {pattern!r} needs a budget of size, such as macs=50%; found {budget!r}")
-    names = [*graph.weights, *(a.name for a in graph.axes), *(b.name for b in graph.blocks)]
-    ignored = chosen(ignore, names, model, "ignore")
-    free = _free(graph, ignored)
+    ignored, free = _free(model, graph, ignore)
     if isinstance(shape, patterns.Layer):
         if axes.get("overrides") or axes.get("minimum", 1) != 1 or axes.get("equal"):
             raise SpecError("overrides, minimum and equal count units of axes, which pattern 'layer' does not remove")
@@ -107,10 +105,12 @@ def make(
     return _plan(graph, described, units, free, gone)
 
 
-def _free(graph: Graph, ignored: set[str]) -> list[str]:
-    """The blocks that may go: neither ignored themselves nor with an ignored weight in them."""
+def _free(model: nn.Module, graph: Graph, ignore: Choice | Sequence[Choice]) -> tuple[set[str], list[str]]:
+    """What is ignored, and the blocks that may go: not ignored themselves, and without an ignored weight in them."""
+    names = [*graph.weights, *(a.name for a in graph.axes), *(b.name for b in graph.blocks)]
+    ignored = chosen(ignore, names, model, "ignore")
     free = [b.name for b in graph.blocks if not b.frozen and b.name not in ignored]
-    return [name for name in free if ignored.isdisjoint(graph.slices(_off([name])))]
+    return ignored, [name for name in free if ignored.isdisjoint(graph.slices(_off([name])))]
 
 
 def _off(gone: Collection[str]) -> dict[str, Flags]:

@@ -113,14 +113,15 @@ def _carried_out(model: nn.Module, graph: Graph, wishes: dict[str, Any], verify:
     chosen = _choose(model, graph, wishes)
     if not chosen.units:
         return chosen, _masked(model, chosen)
-    done = carry_out(model, chosen, verify=verify)
-    if done.form == "program" and done.equal:
-        with contextlib.suppress(BudgetError):
-            even = _choose(model, graph, {**wishes, "equal": done.equal})
-            kept = carry_out(model, even, verify=verify)
-            if kept.form == "module":
-                return even, replace(kept, equal=done.equal)
-    return chosen, done
+    done = carry_out(model, chosen, verify=verify, evenly=True)
+    if done.form:
+        return chosen, done
+    with contextlib.suppress(BudgetError):
+        even = _choose(model, graph, {**wishes, "equal": done.equal})
+        kept = carry_out(model, even, verify=verify)
+        if kept.form == "module":
+            return even, replace(kept, equal=done.equal)
+    return chosen, carry_out(model, chosen, verify=verify)
 
 
 def _require_values(model: nn.Module) -> None:

@@ -117,8 +117,12 @@ def refit_(model: nn.Module, plan: Plan, attributes: Changes, taken: Taken) -> N
     drop_(model, taken)
 
 
-def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = True) -> Shrunk:
-    """``shrink``, with what was found on the way: the form of the result and the law's error."""
+def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool = True, evenly: bool = False) -> Shrunk:
+    """``shrink``, with what was found on the way: the form of the result and the law's error.
+
+    evenly: stop, with form "", where the class could hold sizes of the same part throughout ``equal`` groups of axes;
+    rewriting its program takes another, longer export.
+    """
     if not plan.units:
         raise PlanError(
             f"a plan with pattern {plan.pattern!r} sets weights to zero and removes no units, so nothing can shrink; "
@@ -145,6 +149,8 @@ def carry_out(model: nn.Module, plan: Plan, inputs: Any = None, *, verify: bool 
     if gone and not found.why:
         dropped = drop(small, gone, handed(model, gone, inputs), inputs, oracle, tolerance)
     small = dropped.model
+    if dropped.why and found.equal and evenly:
+        return Shrunk(small, "", dropped.why, None, equal=found.equal)
     if dropped.why and graph.program.hidden:
         raise PlanError(
             f"{type(model).__name__} cannot hold the new sizes, {dropped.why}, and its program cannot stand in for it: "

@@ -69,8 +69,8 @@ Pattern = Annotated[str, typer.Option(help="unstructured, 2:4, block:4x1, channe
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, taylor, "
-        "magnitude or random. Default: magnitude, for layers influence."
+        help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, "
+        "taylor, magnitude or random. Default: magnitude, for layers influence."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -307,6 +307,28 @@ def odd_and_even_written_in_turn():
     return Net(body, a=nn.Linear(6, 6), b=nn.Linear(6, 6), c=nn.Linear(12, 3))
 
 
+@case(46, free=[3, 5])
+def channels_overwritten_by_index():
+    def body(s, x):
+        x = s.a(x).clone()
+        x[:, [1, 4, 6]] = s.b(F.relu(x))
+        return s.c(torch.tanh(x))
+
+    return Net(body, a=conv(3, 8), b=conv(8, 3), c=conv(8, 4))
+
+
+@case(46, free=[2, 4], frozen="picked out by a fixed index")
+def single_channels_overwritten():
+    def body(s, x):
+        x = s.a(x).clone()
+        x[:, 0].zero_()
+        x[:, 3] = 1.0
+        x[:, 4:].tanh_()
+        return s.b(x)
+
+    return Net(body, a=conv(3, 8), b=conv(8, 4))
+
+
 @case(46, free=[8], inputs=tokens(6))
 def tokens_overwritten():
     """A row of the batch's tokens, not channels."""

@@ -23,8 +23,11 @@ _CARRIED = 1 << 22  # fixed positions at most, that are followed one by one
 
 
 def _fixed(op: Op, node: Any, dim: Dim) -> torch.Tensor | None:
-    """Fixed positions into a labelled dimension, counted from the front."""
-    if dim is None or not sizes_of(node) or math.prod(sizes_of(node)) > _CARRIED or node in op.pointers:
+    """Fixed positions into a labelled dimension, counted from the front; for writing, only those in a row."""
+    sizes = sizes_of(node)
+    if dim is None or not sizes or math.prod(sizes) > _CARRIED or node in op.pointers:
+        return None
+    if len(sizes) > 1 and operator_name(op.node.target) == "index_put":
         return None
     value = op.constant(node)
     return None if value is None or value.dtype == torch.bool else value.long() % dim.shape[1]
@@ -123,8 +126,11 @@ def rewrite_index(op: Op, cut: Cut) -> dict[str, Any]:
     fixed = _fixed(op, node, x[d])
     if fixed is None:
         return {}
-    out = op.of(op.node)[d : d + fixed.ndim]
-    new = _renumbered(cut, x[d], out, fixed)
+    dim = x[d]
+    assert dim is not None
+    written = operator_name(op.node.target) == "index_put"
+    out = [dim[:, fixed.numpy()]] if written else op.of(op.node)[d : d + fixed.ndim]
+    new = _renumbered(cut, dim, out, fixed)
     return {"indices": [*op.args["indices"][:d], cut.constant(new), *op.args["indices"][d + 1 :]]}
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import heapq
 import inspect
 import itertools
+import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,11 +55,22 @@ def sizes(graph: Graph, alive: Flags) -> dict[str, Sizes]:
                     note(modules_of(node), (source_line(node), k, d), old, program.count(dim, old, alive))
     for name, tensor in program.tensors.items():
         for d, (dim, old) in enumerate(zip(tensor.dims, tensor.shape, strict=True)):
-            parts = name.split(".")
-            for i in range(len(parts)):
-                place = (".".join(parts[i:]), -1, d)
-                note([".".join(parts[:i])], place, old, program.count(dim, old, alive))
+            for path, inner in _owners(name):
+                note([path], (inner, -1, d), old, program.count(dim, old, alive))
+    axes_in: Counter[tuple[str, int]] = Counter()
+    for axis in graph.axes:
+        for member in axis.members:
+            axes_in[member.tensor, member.dim] += 1
+            which = -1 - axes_in[member.tensor, member.dim]  # the first, second … axis in this dimension
+            for path, inner in _owners(member.tensor):
+                note([path], (inner, which, member.dim), axis.units, int(alive[axis.atoms].sum()))
     return found
+
+
+def _owners(tensor: str) -> Iterator[tuple[str, str]]:
+    """The modules that a tensor belongs to, outermost first, and its name within each."""
+    parts = tensor.split(".")
+    return ((".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts)))
 
 
 @dataclass(frozen=True)
@@ -120,8 +132,14 @@ def _is_record(value: Any) -> bool:
 def _mentioned(kind: type[nn.Module]) -> set[str]:
     """Names that the methods of a class use: what it reads from an object that it shares is among them."""
     functions = [f for base in kind.__mro__ for n, f in vars(base).items() if n != "__init__" and callable(f)]
-    codes = [c for f in functions if (c := getattr(inspect.unwrap(f), "__code__", None)) is not None]
-    return {name for code in codes for name in code.co_names}
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in functions]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        if isinstance(code, types.CodeType):
+            names.update(code.co_names)
+            codes += code.co_consts  # functions and comprehensions inside
+    return names
 
 
 def _sized(value: Any) -> bool:
@@ -166,43 +184,54 @@ def _sequences(old: Mapping[str, Any], places: Mapping[str, Sizes]) -> list[dict
     return [{**new}] if any(tuple(old[p]) != new[p] for p in old) else []
 
 
+MISSING = object()
+
+
 def read(owner: Any, name: str) -> Any:
-    """The attribute's value, None where it is not there; ``name`` may lead through objects by dots."""
+    """The attribute's value, MISSING where it is not there; ``name`` may lead through objects by dots."""
     for part in name.split("."):
         if part not in getattr(owner, "__dict__", {}):
-            return None
+            return MISSING
         owner = vars(owner)[part]
     return owner
 
 
+def put_(model: nn.Module, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Set attributes of modules, or of the objects that they hold, in place."""
+    for path, named in values.items():
+        for name, value in named.items():
+            through, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            owner = read(owner, through) if through else owner
+            setattr(owner, leaf, list(value) if isinstance(read(owner, leaf), list) else value)
+
+
 def write_(model: nn.Module, changes: Changes) -> None:
-    """Set attributes that exist to numbers of their own kind, in place.
+    """Set attributes that exist to numbers of their own kind, in place; a configuration's None may become a number.
 
     Raises PlanError, before anything changes, for a module or attribute that the model does not have.
     """
-    todo = []
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, values in changes.items():
         for name, value in values.items():
-            old = read(modules[path], name) if path in modules else None
-            if not _alike(old, value):
+            old = read(modules[path], name) if path in modules else MISSING
+            if not alike(old, value, name):
                 where = f"{path}.{name}".lstrip(".")
                 raise PlanError(
-                    f"expected {where} of {type(model).__name__} to be {value!r} instead of a like value, found "
-                    f"{'no such attribute' if old is None else repr(old)}; use the dense model that was pruned"
+                    f"expected {where} of {type(model).__name__} to hold a value like {value!r}, found "
+                    f"{'no such attribute' if old is MISSING else repr(old)}; use the dense model that was pruned"
                 )
-            *through, leaf = name.split(".")
-            owner = modules[path] if not through else read(modules[path], ".".join(through))
-            todo.append((owner, leaf, list(value) if isinstance(old, list) else value))  # type: ignore[arg-type]
-    for owner, leaf, new in todo:
-        setattr(owner, leaf, new)
+    put_(model, changes)
 
 
-def _alike(old: Any, new: Any) -> bool:
-    """Whether ``new`` may take the place of ``old``: both plain numbers of one type, or as many integers."""
+def alike(old: Any, new: Any, name: str) -> bool:
+    """Whether ``new`` may take the place of ``old``: both plain numbers of one type, or as many integers.
+
+    A field of an object that a module holds, with a dot in its ``name``, may hold nothing before.
+    """
     if isinstance(new, (tuple, list)):
         return isinstance(old, (tuple, list)) and len(old) == len(new) and all(type(v) is int for v in (*old, *new))
-    return type(new) in (int, float) and type(old) is type(new)
+    return type(new) in (int, float) and (type(old) is type(new) or (old is None and "." in name))
 
 
 @dataclass(frozen=True)
@@ -293,7 +322,7 @@ class _Readings:
         self.now[kind] = reading
         for slot, choice in zip(self.slots[kind], reading, strict=True):
             values = slot.old if choice == KEEP else slot.options[choice]
-            write_(self.model, {path: {slot.name: value} for path, value in values.items()})
+            put_(self.model, {path: {slot.name: value} for path, value in values.items()})
 
     def undo_(self) -> None:
         for kind, found in self.slots.items():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.apply.attributes import Changes, Sizes, Value, read
+from secateur.apply.attributes import MISSING, Changes, Sizes, Value, alike, read
 from secateur.apply.blame import relative_error
 from secateur.errors import TraceError
 from secateur.graph.trace import first_line, run
@@ -185,7 +185,7 @@ def _candidates(config: Any, known: Mapping[str, Sizes]) -> dict[str, tuple[tupl
     for (_, which, _), here in known.get("", {}).items():
         for old, news in here.items():
             became.setdefault(old, Counter()).update(new for new in news if new != old)
-            anything.update(news if which < 0 else ())
+            anything.update(news if which == -1 else ())
     return {
         name: (tuple(n for n, _ in votes.most_common(CANDIDATES * (1 if value else 2))), value is None)
         for name, value in _fields(config)
@@ -217,12 +217,7 @@ def _differences(small: nn.Module, fresh: nn.Module) -> dict[str, dict[str, Valu
             if id(own) not in seen:
                 seen.add(id(own))
                 for name, value in vars(new).items():
-                    if name not in ("training", "_version") and _number(value) and value != vars(own).get(name, value):
+                    old = vars(own).get(name, MISSING)
+                    if name != "training" and value != old and alike(old, value, prefix + name):
                         found.setdefault(path, {})[prefix + name] = tuple(value) if isinstance(value, list) else value
     return found
-
-
-def _number(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return bool(value) and all(type(v) is int for v in value)
-    return type(value) in (int, float)

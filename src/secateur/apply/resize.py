@@ -144,7 +144,7 @@ def _multihead(m: nn.Module, changed: dict[str, Keep]) -> None:
     rows = changed.get("in_proj_weight" if fused else "q_proj_weight", {}).get(0)
     if rows is not None:
         m.num_heads = _groups_left(rows[: m.num_heads * m.head_dim], m.num_heads)
-    m.embed_dim = len(m.out_proj.weight)
+    m.embed_dim = (m.in_proj_weight if fused else m.q_proj_weight).shape[1]
     m.head_dim = m.out_proj.weight.shape[1] // m.num_heads
     m.kdim, m.vdim = (m.embed_dim, m.embed_dim) if fused else (m.k_proj_weight.shape[1], m.v_proj_weight.shape[1])
 

@@ -272,11 +272,12 @@ def _give_back(
     waiting = list(ranked)
     while waiting := [n for n in waiting if kept[n] < len(ranked[n])]:
         name = max(waiting, key=lambda n: float(ranked[n][kept[n]]))
-        richer = shaped({**kept, **{n: kept[n] + 1 for n in steps.get(name, (name,))}})
+        step = steps.get(name, (name,))
+        richer = shaped({**kept, **{n: kept[n] + 1 for n in step}})
         if richer != kept and fits(richer):
             kept = richer
-        else:
-            waiting.remove(name)  # nor will it fit later, with less room
+        else:  # nor will it fit later, with less room
+            waiting = [n for n in waiting if n not in step]
     return kept
 
 

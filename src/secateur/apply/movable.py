@@ -46,6 +46,18 @@ def follow_(root: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+class Dropout(nn.Module):
+    """One of torch's functions that drop out: ``feature_dropout``, ``alpha_dropout``, ``feature_alpha_dropout``."""
+
+    def __init__(self, function: str, p: float) -> None:
+        super().__init__()
+        self.function, self.p = function, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped: Tensor = getattr(torch, self.function)(x, self.p, self.training)
+        return dropped
+
+
 class Attention(nn.Module):
     """``scaled_dot_product_attention`` that drops weights out in training."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 
-from secateur.apply.movable import follow_
+from secateur.apply.movable import Dropout, follow_
 from secateur.errors import DataError
 from secateur.graph.program import Program
 from secateur.graph.rules import REWRITES, Cut, Op, operator_name
@@ -81,12 +80,7 @@ def _guard_(root: nn.Module, graph: fx.Graph) -> None:
                 graph.call_module(f"secateur_input_{i}", (node,))
 
 
-_DROPOUT: dict[str, Callable[[float], nn.Module]] = {
-    "dropout": nn.Dropout,
-    "feature_dropout": nn.Dropout2d,
-    "alpha_dropout": nn.AlphaDropout,
-    "feature_alpha_dropout": nn.FeatureAlphaDropout,
-}
+_DROPOUT = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
 class _Writer:
@@ -129,7 +123,11 @@ class _Writer:
         if name == "batch_norm":
             self._batch_norm(op)
         elif name in _DROPOUT and op.args["p"] > 0:
-            self._module(self._unused("dropout"), _DROPOUT[name](op.args["p"]), op.tensors[0])
+            self._module(
+                self._unused("dropout"),
+                nn.Dropout(op.args["p"]) if name == "dropout" else Dropout(name, op.args["p"]),
+                op.tensors[0],
+            )
 
     def _touched(self, node: fx.Node) -> bool:
         """Whether a dimension of the operator's inputs or outputs lost something."""

@@ -290,7 +290,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _full(operand: fx.Node, node: fx.Node) -> bool:
-    return sizes_of(operand) == sizes_of(node)
+    return isinstance(node.meta.get("val"), torch.Tensor) and sizes_of(operand) == sizes_of(node)
 
 
 def _floating(node: fx.Node) -> bool:

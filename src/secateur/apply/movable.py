@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,15 +79,16 @@ def attention_dropout_(written: fx.GraphModule, model: nn.Module, inputs: Any) -
     """
     nodes = [n for n in written.graph.nodes if operator_name(n.target) == "scaled_dot_product_attention"]
     passed = _passed(model, inputs) if nodes else {}
-    for i, node in enumerate(nodes):
+    for node in nodes:
         here = passed.get((modules_of(node) or [""])[-1])
         p = here.pop(0) if here else 0.0
         if p > 0:
-            written.add_module(f"attention_{i}", Attention(p))
+            path = next(name for i in itertools.count() if not hasattr(written, name := f"attention_{i}"))
+            written.add_module(path, Attention(p))
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
             given.pop("dropout_p", None)
-            node.op, node.target = "call_module", f"attention_{i}"
+            node.op, node.target = "call_module", path
             node.args, node.kwargs = (), given
             stack = node.meta.get("nn_module_stack") or {}
             node.meta["nn_module_stack"] = {**stack, node.target: (node.target, "secateur.apply.movable.Attention")}

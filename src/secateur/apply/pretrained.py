@@ -97,15 +97,17 @@ class _Search:
     def best(self, candidates: Mapping[str, tuple[tuple[int, ...], bool]]) -> tuple[Setting, str]:
         """The setting that makes the wanted shapes and attributes, and "" or why there is none."""
         dense = self.far({})
-        moving = {}
+        moving, alone = {}, {}  # fields that change something, and those of them that do no harm by themselves
         for name, (values, optional) in candidates.items():
             distance, why = self.far({name: values[0]})
-            broken = why == OTHERS or (optional and distance == math.inf)
-            if distance != dense[0] and not broken:
+            if distance != dense[0] and not (optional and distance == math.inf):
                 moving[name] = values
-        setting: dict[str, int] = {name: values[0] for name, values in moving.items()}
+                if why != OTHERS:
+                    alone[name] = values
+        starts = [{name: values[0] for name, values in some.items()} for some in (moving, alone)]
+        setting: dict[str, int] = min(starts, key=lambda s: self.far(s)[0])
         distance, why = self.far(setting)
-        while distance > 0 and len(self.known) < MAKES:
+        while distance > 0 and moving and len(self.known) < MAKES:
             moves = [_moved(setting, n, v) for n, values in moving.items() for v in (None, *values)]
             better, found, reason = min(((self.far(s)[0], i, self.far(s)[1]) for i, s in enumerate(moves)))
             if better >= distance:
@@ -218,6 +220,6 @@ def _differences(small: nn.Module, fresh: nn.Module) -> dict[str, dict[str, Valu
                 seen.add(id(own))
                 for name, value in vars(new).items():
                     old = vars(own).get(name, MISSING)
-                    if name != "training" and value != old and alike(old, value, prefix + name):
+                    if name != "training" and alike(old, value, prefix + name) and value != old:
                         found.setdefault(path, {})[prefix + name] = tuple(value) if isinstance(value, list) else value
     return found

@@ -36,8 +36,11 @@ def test_flags_that_are_changed_afterwards_are_seen():
 
 def test_flags_of_another_length_are_refused():
     graph = analyze(*build("plain"))
+    first, second = graph.free[:2]
+    dense = graph.cost()
     with pytest.raises(SpecError, match="found flags for 3"):
-        graph.cost({graph.free[0].name: np.ones(3, bool)})
+        graph.cost({first.name: np.zeros(first.units, bool), second.name: np.ones(3, bool)})
+    assert graph.cost() == dense  # nothing of it was kept
 
 
 def test_the_dense_cost_is_that_of_the_model():

@@ -19,6 +19,7 @@ class Meter:
         self._axes = {axis.name: i for i, axis in enumerate(axes)}
         self._atoms = [axis.atoms for axis in axes]
         self._kept: list[Flags] = [np.ones(axis.units, bool) for axis in axes]
+        self._thinned: set[int] = set()  # axes that may not be whole
         self._alive: Flags = np.ones(program.labels, bool)
         self._counts = program.sizes.counts(self._alive)
         self._places: list[list[int]] = [[] for _ in axes]  # per axis, the sizes that it is part of
@@ -33,18 +34,19 @@ class Meter:
     def cost(self, keep: Mapping[str, Flags]) -> Cost:
         """The cost when ``keep[axis]`` (bool per unit) says what stays; axes that are not named stay whole."""
         wanted = {self._axes[name]: np.asarray(flags, bool) for name, flags in keep.items()}
+        for name, flags in zip(keep, wanted.values(), strict=True):
+            if len(flags) != len(self._kept[self._axes[name]]):
+                units = len(self._kept[self._axes[name]])
+                raise SpecError(f"axis {name!r} has {units} units, found flags for {len(flags)}")
         stale: set[int] = set()
-        for i, kept in enumerate(self._kept):
-            new = wanted.get(i)
-            if new is None:
-                new = np.ones(len(kept), bool)
-            if len(new) != len(kept):
-                name = next(n for n, at in self._axes.items() if at == i)
-                raise SpecError(f"axis {name!r} has {len(kept)} units, found flags for {len(new)}")
-            if not np.array_equal(kept, new):
+        for i in {*wanted, *self._thinned}:
+            new = wanted.get(i, np.ones(len(self._kept[i]), bool))
+            if not np.array_equal(self._kept[i], new):
                 self._kept[i] = new.copy()
+                self._thinned.add(i)
                 self._alive[self._atoms[i]] = new
                 stale.update(self._places[i])
+        self._thinned &= wanted.keys()
         for place in stale:
             self._counts[place] = self._program.sizes.count(place, self._alive)
         return self._program.sizes.cost(self._counts)

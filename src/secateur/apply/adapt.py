@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from secateur.apply.attributes import Changes, Sizes, read, search_, sizes, write_
+from secateur.apply.attributes import Changes, Sizes, put_, read, search_, sizes, write_
 from secateur.apply.blame import Wrong, first_wrong, outputs_of, relative_error
 from secateur.apply.demands import demands
 from secateur.apply.fold import Fold, fold_, implicit, scaled, usual
@@ -95,7 +95,7 @@ class _Work:
             }
             factors = folds[0].factors if folds and folds[0] else {}
             return Adapted("", both, {**found.factors, **factors})
-        write_(self.small, old)
+        put_(self.small, old)
         if folds and folds[0]:
             folds[0].undo_(self.small)
         return replace(found, unsaved=why)

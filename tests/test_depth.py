@@ -615,6 +615,15 @@ def test_wishes_about_axes_hold_beside_blocks():
     assert all(plan.units[name].all() for name in hidden if name in plan.units)
 
 
+def test_without_values_the_counts_are_real():
+    with torch.device("meta"):
+        model, x = transformer(), tokens()
+    plan = sc.plan(model.eval(), x, pattern="layer", budget="params=60%")
+    assert len(plan.dropped) == 2
+    assert len(sc.shrink(model, plan)[1]) == 2
+    assert sc.plan(model, x, pattern="channel+layer", budget="params=60%").dropped == ()
+
+
 # --- plans and directories -------------------------------------------------------------------------
 
 

@@ -103,18 +103,19 @@ def drop_(model: nn.Module, taken: Taken) -> None:
 
 
 def handed(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, int]:
-    """How many outputs each of these modules gives: 0 where it is a single tensor. Of no modules for branches."""
-    modules, found = dict(model.named_modules()), {}
+    """How many outputs each of these modules gives: 0 where it is a single tensor. Branches are left out."""
+    modules = dict(model.named_modules())
+    found = {name: 0 for name in names if name in modules}
     with contextlib.ExitStack() as stack:
-        for name in names:
-            if name in modules:
+        for name in found:
 
-                def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-                    found[name] = 0 if isinstance(output, Tensor) else len(output)
+            def note(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                found[name] = 0 if isinstance(output, Tensor) else len(output)
 
-                stack.callback(modules[name].register_forward_hook(note).remove)
-        if names:
-            run(model, inputs)
+            stack.callback(modules[name].register_forward_hook(note).remove)
+        if found:
+            with contextlib.suppress(TraceError):  # some classes do not run without values, on device meta
+                run(model, inputs)
     return found
 
 

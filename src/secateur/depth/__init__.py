@@ -203,6 +203,8 @@ def _rest(wish: Budget, limit: float, left: Graph) -> str:
 
 def _error(data: Calibration, gone: Collection[str], units: Mapping[str, Flags]) -> float:
     """Squared error of the model's output relative to its square, over the first batches of the calibration data."""
+    if any(p.is_meta for p in data.model.parameters()):  # without values there is nothing to compare
+        return 0.0
     error = total = 0.0
     for inputs, _ in itertools.islice(data, BATCHES):
         graph = data.graph_of(inputs)

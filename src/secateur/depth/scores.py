@@ -55,6 +55,8 @@ def ranking(
         raise SpecError(f"criterion {criterion!r} does not score blocks; expected one of {', '.join(CRITERIA)}")
     if criterion == "taylor" and task is None:
         raise DataError("criterion 'taylor' needs gradients, so give task= with calibration data and a loss")
+    if any(p.is_meta for p in model.parameters()):  # without values all blocks are alike
+        return lambda gone: dict.fromkeys(names, 1.0)
     data = Calibration(model, graph, task)
     if criterion == "reconstruction":
         return lambda gone: reconstruction(data, names, gone)

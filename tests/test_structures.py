@@ -29,6 +29,7 @@ pytestmark = [
 
 
 WHOLE = {
+    37: "how many steps packed sequences have depends on the values of a tensor",
     42: "a feature that the model returns keeps its shape",
     46: "values written in steps into a tensor lie between others, and no range of what stays holds them",
     54: "a decision that Python takes on values is not part of any program",

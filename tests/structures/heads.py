@@ -1,4 +1,4 @@
-"""Rows 24, 25, 28, 39, 53: heads that are mixed, biased, prefixed, or attend between channels."""
+"""Rows 24, 29, 39, 53: heads that are mixed, biased, prefixed, or attend between channels."""
 
 from __future__ import annotations
 
@@ -88,3 +88,27 @@ def bias_of_every_head(how):
 
     part = {"buckets": nn.Embedding(9, 4)} if how == "buckets" else {"slopes": torch.tensor([0.5, 0.25, 0.12, 0.06])}
     return Net(body, **four(20, 20, 24, 8), **part)
+
+
+@case(29, "bias_k and bias_v", free=[2, 4], inputs=tokens())
+@case(29, "zeros for nobody", free=[2, 4], inputs=tokens())
+@case(29, "weights of every head", free=[4], frozen="model output 1", inputs=tokens(), budget="params=80%")
+def multihead_attention_with(what):
+    def body(s, x):
+        if what == "weights of every head":
+            return s.attention(x, x, x, average_attn_weights=False)
+        return s.attention(x, x, x, need_weights=False)[0]
+
+    options = {"bias_k and bias_v": {"add_bias_kv": True}, "zeros for nobody": {"add_zero_attn": True, "bias": False}}
+    return Net(body, attention=nn.MultiheadAttention(8, 2, batch_first=True, **options.get(what, {})))
+
+
+@case(29, free=[8, 2, 4, 12], inputs=lambda n: (ids()(n), torch.zeros(n, 7, dtype=torch.bool)), inexact=True)
+def encoder_with_hidden_padding():
+    def body(s, words, hidden):
+        return s.head(s.encoder(s.emb(words), src_key_padding_mask=hidden))
+
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1, enable_nested_tensor=False
+    )
+    return Net(body, emb=nn.Embedding(20, 8), encoder=encoder, head=nn.Linear(8, 3))

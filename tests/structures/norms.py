@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import nets
 from nets import Net, conv, tail
@@ -204,6 +204,14 @@ def parametrized_convolutions(how):
 def parametrized_linears(how):
     norm = normed(how)
     return nn.Sequential(norm(nn.Linear(6, 16)), nn.ReLU(), norm(nn.Linear(16, 3)))
+
+
+@case(47, free=[8, 6])
+def weights_masked_by_torchs_own_pruning():
+    net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.ReLU(), tail(6))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    prune.ln_structured(net[2], "weight", 0.3, 2, 0)
+    return net
 
 
 class Positive(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import nets
 from nets import Net
@@ -133,6 +134,18 @@ def two_recurrent_layers(kind):
     return Net(body, layer=LAYERS[kind](6, 10, num_layers=2, batch_first=True, dropout=0.1), head=nn.Linear(10, 3))
 
 
+@case(37, free=[10], inputs=tokens(6))
+def two_layers_both_ways():
+    layer = nn.LSTM(6, 10, 2, bidirectional=True, batch_first=True)
+    return Net(lambda s, x: s.head(s.layer(x)[0]), layer=layer, head=nn.Linear(20, 3))
+
+
+@case(37, free=[10], inputs=tokens(6))
+def last_state_without_biases():
+    layer = nn.GRU(6, 10, bias=False, batch_first=True)
+    return Net(lambda s, x: s.head(s.layer(x)[1][0]), layer=layer, head=nn.Linear(10, 3))
+
+
 @case(37, "lstm", free=[10], inputs=tokens(6))
 @case(37, "gru", free=[10], inputs=tokens(6))
 def recurrent_both_ways(kind):
@@ -206,6 +219,21 @@ def encoder_and_decoder():
 
     parts = {"encoder": nn.GRU(8, 10, batch_first=True), "decoder": nn.GRU(8, 10, batch_first=True)}
     return Net(body, emb=nn.Embedding(20, 8), head=nn.Linear(10, 20), **parts)
+
+
+def sequences(n):
+    return torch.randn(n, 5, 6), torch.full((n,), 5)
+
+
+@case(37, refused="cannot be captured.*pad_packed_sequence", inputs=sequences)
+def packed_sequences():
+    """Lengths in a tensor decide how many steps there are."""
+
+    def body(s, x, lengths):
+        packed = pack_padded_sequence(x, lengths, batch_first=True)
+        return s.head(pad_packed_sequence(s.layer(packed)[0], batch_first=True)[0])
+
+    return Net(body, layer=nn.LSTM(6, 10, batch_first=True), head=nn.Linear(10, 3))
 
 
 @case(40, free=[8, 10], inputs=ids())

@@ -67,22 +67,21 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
 def _followed(model: nn.Module, inputs: Any) -> fx.GraphModule:
     """The program of the model; modules within that cannot be followed stand in it as one operator each."""
     paths: list[str] = []
-    why = ""
+    why = refusal = ""
     while True:
         try:
             with hidden(model, paths, why, lambda: run(model, inputs)):
                 return _export(model, inputs, None)
-        except TraceError:  # the model itself failed
-            raise
         except Exception as error:
             run(model, inputs)  # a model that fails by itself is named as such
             found, where = f"{type(error).__name__}: {first_line(error)}", place(error, model)
+            refusal = refusal or (
+                f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}{where}: {found}; "
+                "usual remedies: use_cache=False, no control flow or sizes that depend on tensor values, plain tensors "
+                "as inputs and outputs"
+            )
             if not (more := culprits(error, model, paths)):
-                raise TraceError(
-                    f"{type(model).__name__} cannot be captured by torch.export on {describe(inputs)}{where}: {found}; "
-                    "usual remedies: use_cache=False, no control flow or sizes that depend on tensor values, plain "
-                    "tensors as inputs and outputs"
-                ) from error
+                raise TraceError(refusal) from error
             paths, why = _outermost([*paths, *more]), why or found + where
 
 

@@ -54,11 +54,11 @@ def test_a_plan_keeps_groups_equal_and_meets_its_budget(allocate, pattern):
     model, inputs = build("grouped_queries")
     graph = analyze(model, inputs)
     group = ("head width", "value width")
-    plan = make(model, graph, pattern=pattern, budget="params=30%", allocate=allocate, equal=[group])
+    plan = make(model, graph, pattern=pattern, budget="params=45%", allocate=allocate, equal=[group])
     kept, total = plan.allocation.kept, plan.allocation.total
     assert kept[group[0]] * total[group[1]] == kept[group[1]] * total[group[0]] < total[group[0]] * total[group[1]]
     cost = graph.cost({name: flags.numpy() for name, flags in plan.units.items()})
-    assert cost.params <= 0.3 * graph.cost().params
+    assert cost.params <= 0.45 * graph.cost().params
 
 
 def test_an_override_wins_over_a_group():

@@ -36,6 +36,8 @@ bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/first_road.py
 	$(BIN)/python benchmarks/analyze_cost.py
 	$(BIN)/python benchmarks/cost_global.py
+	$(BIN)/python benchmarks/real_nets.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/tables.py
 
 zoo: setup  ## an hour: every timm family, Hugging Face and torchvision models; picks up where it stopped

@@ -51,7 +51,7 @@ def place(error: BaseException, model: nn.Module) -> str:
     frame, line = own[-1]
     file = frame.f_code.co_filename
     code = linecache.getline(file, line).strip()
-    owner = frame.f_locals.get("self")
+    owner = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
     paths = [path for path, module in model.named_modules() if module is owner and path]
     within = f" in {paths[0]} ({type(owner).__name__})" if paths else ""
     return f" at {Path(file).name}:{line} '{code}'{within}"

@@ -163,7 +163,7 @@ VISION = {
 }  # fmt: skip
 SEGMENTATION = ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large")
 DETECTION = ("retinanet_resnet50_fpn", "fcos_resnet50_fpn", "ssdlite320_mobilenet_v3_large", "fasterrcnn_resnet50_fpn")
-VIDEO = {"r3d_18": 64, "mc3_18": 64, "r2plus1d_18": 64, "s3d": 224, "mvit_v1_b": 64, "swin3d_t": 64}
+VIDEO = {"r3d_18": 64, "mc3_18": 64, "r2plus1d_18": 64, "s3d": 224, "mvit_v1_b": 224, "swin3d_t": 64}
 
 
 class Detector(nn.Module):
@@ -194,8 +194,7 @@ def torchvision_models() -> list[Entry]:
 
     def film(name: str, side: int) -> Built:
         models, frames = common.torchvision().models, 16 if side > 64 else 8
-        extra = {"spatial_size": (side, side), "temporal_size": frames} if name == "mvit_v1_b" else {}
-        return models.get_model(name, weights=None, **extra), torch.randn(2, 3, frames, side, side)
+        return models.get_model(name, weights=None), torch.randn(2, 3, frames, side, side)
 
     found = [Entry("torchvision", n, lambda n=n, s=s: classifier(n, s)) for n, s in VISION.items()]  # type: ignore[misc]
     found += [Entry("torchvision", n, lambda n=n: segmenter(n)) for n in SEGMENTATION]  # type: ignore[misc]

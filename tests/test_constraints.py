@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from nets import build
 from secateur import api
 from secateur.apply.shrink import carry_out, shrink
 from secateur.errors import BudgetError, PlanError, SpecError
@@ -241,6 +242,16 @@ def test_an_output_returned_twice_is_freed_only_as_both():
 def test_an_output_that_is_not_there_cannot_be_freed(free):
     with pytest.raises(SpecError, match="the model returns 2 tensors, counted from 0"):
         analyze(Backbone().eval(), X, free_outputs=free)
+
+
+@pytest.mark.parametrize("net", ["residual", "dense_cat", "grouped", "attention", "option_a_shortcut", "plain"])
+def test_freed_outputs_and_ties_keep_the_law_in_other_structures(net):
+    model, x = build(net)
+    axes = analyze(model, x).free
+    pairs = [(a.name, b.name) for i, a in enumerate(axes) for b in axes[i + 1 :] if a.units == b.units]
+    graph = analyze(model, x, free_outputs=True, ties=pairs[:1])
+    chosen = make(model, graph, budget="params=70%", criterion="random", allocate="uniform")
+    assert carry_out(model, chosen).law.error < 1e-5
 
 
 def test_prune_takes_the_graph_that_says_so_and_the_result_is_saved_and_loaded(tmp_path):

@@ -66,7 +66,11 @@ def kept(model, graph, **wishes):
 # --- ignore ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ignore", ["a", ["a"], "a.weight", "[a]*", lambda name: name == "a"], ids=str)
+@pytest.mark.parametrize(
+    "ignore",
+    ["a", ["a"], "a.weight", "[a]*", lambda name: name == "a"],
+    ids=["name", "list", "tensor", "glob", "function"],
+)
 def test_an_axis_is_ignored_however_it_is_named(ignore):
     model = Backbone().eval()
     graph = analyze(model, X)

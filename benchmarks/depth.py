@@ -27,7 +27,7 @@ from secateur.tasks import Classification
 RANDOM = 2
 """Seeds of the random baseline."""
 
-EPOCHS, IMAGES, CALIBRATION = 1, 6_400, 128
+EPOCHS, IMAGES, CALIBRATION = 1, 3_200, 128
 """Training after dropping: epochs, and how many of the training images; and how many to score and recalibrate on."""
 
 

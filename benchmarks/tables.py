@@ -95,7 +95,8 @@ def _zoo(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
             mine = [row for key, row in found.items() if key.startswith(f"{group}/")]
             counts = Counter(_outcome(row) for row in mine)
             far = str(sum(row.get("reachable", 0) >= 0.99 for row in mine)) if tool == "Secateur" else "-"
-            yield (group, tool, str(len(mine)), *(str(counts[outcome]) for outcome in outcomes), far)
+            if mine:
+                yield (group, tool, str(len(mine)), *(str(counts[outcome]) for outcome in outcomes), far)
 
 
 def _outcome(row: Row) -> str:

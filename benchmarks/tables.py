@@ -119,6 +119,23 @@ def _scale(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         )
 
 
+def _depth(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    stages = ("dense", "pruned", "recalibrated", "recovered")
+    units = {"resnet56": ("right, %", 100), "llama": ("perplexity", 1)}
+    heads = ("network", "metric", "budget", "criterion", "blocks that go", *stages)
+    yield (*heads, "parameters left", "MACs left", "law's error")
+    for row in sorted(rows.values(), key=lambda row: (row["net"], row["criterion"], row["seed"])):
+        yield (
+            *(row["net"], units[row["net"]][0], row["budget"], row["criterion"], str(len(row["dropped"]))),
+            *(
+                f"{units[row['net']][1] * row['score'][stage]:.1f}" if stage in row["score"] else "-"
+                for stage in stages
+            ),
+            *(f"{row[what][1] / row[what][0]:.1%}" for what in ("params", "macs")),
+            f"{row['law'][0]:.0e}",
+        )
+
+
 def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     """Every field, as it is."""
     heads = list(next(iter(rows.values())))
@@ -140,6 +157,7 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "zoo": _zoo,
     "real_nets": _real,
     "scale": _scale,
+    "depth": _depth,
 }
 
 

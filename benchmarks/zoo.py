@@ -161,6 +161,8 @@ def main() -> None:
         row = results.rows.get(entry.key)
         if wish.list and entry.group != wish.list:
             return False
+        if wish.tool != "secateur" and entry.name in zoo_models.DETECTION:
+            return False
         if wish.only == "failed":
             return row is None or row["outcome"] != "law"
         if row is not None and row["commit"] == commit and not wish.no_resume:

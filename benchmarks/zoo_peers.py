@@ -8,6 +8,7 @@ Both are called as their quick starts say, with nothing said about the model but
 torch-pruning: ``BasePruner(model, example_inputs, importance, pruning_ratio, ignored_layers)`` and ``step()``. The
 ratio removes channels, so it begins at 0.225 (1 - 0.775**2 = 40 %) and is corrected twice on a fresh model. Ignored are
 the convolutions and linear layers that are as wide as the first output, "the final classifier" of its examples.
+Detectors are left out for both tools: their last layers cannot be told from the output's width.
 
 torch-kirigami: ``DependencyGraph.build``, ``discover_candidates()``, ``plan(candidates, ParameterBudget(60 %),
 Greedy(GroupMagnitude(p=2)))``, ``apply(plan)``. Where it raises that this cannot be met, 75 % and 90 % are tried.

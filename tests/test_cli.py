@@ -66,7 +66,7 @@ def test_inspect_lists_axes_and_why_some_are_frozen() -> None:
     assert axes["7"]["half"] is None
     assert found["params"] == 8 * 27 + 16 + 8 * 72 + 8 + 4 * 8 + 4
     table = secateur("inspect", "small.py:net", *SHAPE).stdout
-    assert "frozen: model output" in table
+    assert "Frozen: 7: model output 0" in table
     assert "2 of 4 axes are free" in table
 
 

@@ -89,22 +89,28 @@ def show_blocks(graph: Graph) -> None:
 
 
 def show_axes(graph: Graph) -> None:
-    """Print every axis, and what the whole model costs."""
+    """Print every axis, why some are frozen, and what the whole model costs."""
     cost, rows = graph.cost(), axes_of(graph)
     table = Table()
-    for heading in ("axis", "units", "parameters", "MACs", "half saves", ""):
-        table.add_column(heading, justify="left" if heading in ("axis", "") else "right")
+    for heading in ("axis", "units", "parameters", "MACs", "half saves"):
+        left = heading == "axis"
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         half = row["half"]
+        if row["frozen"]:
+            reasons.setdefault(row["frozen"], []).append(row["axis"])
         table.add_row(
             escape(row["axis"]),
             str(row["units"]),
             f"{count(row['parameters'])} ({row['parameters'] / cost.params:.0%})",
             f"{count(row['macs'])} ({row['macs'] / max(cost.macs, 1):.0%})",
-            f"{count(half['parameters'])}, {count(half['macs'])} MACs" if half else "",
-            f"frozen: {escape(row['frozen'])}" if row["frozen"] else "free",
+            f"{count(half['parameters'])}, {count(half['macs'])} MACs" if half else "frozen",
         )
     Console().print(table)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        typer.echo(f"Frozen: {names[0]}{others}: {reason}")
     typer.echo(
         f"{len(graph.weights)} weights, {count(cost.params)} parameters, {count(cost.macs)} MACs; "
         f"{len(graph.free)} of {len(rows)} axes are free"

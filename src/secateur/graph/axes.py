@@ -29,7 +29,7 @@ def gather(program: Program, weights: Mapping[str, Weight]) -> tuple[Axis, ...]:
         if (atoms := program.atoms(dim)) is not None
     ]
     signature = _signatures(program, slots).view(np.int64)
-    reasons, reason = _frozen(program, slots, signature)
+    reasons, reason = _frozen(program, slots)
     inexact = np.zeros(program.labels, bool)
     for dim in program.engine.inexact:
         inexact[program.engine.resolve(dim)] = True
@@ -39,10 +39,11 @@ def gather(program: Program, weights: Mapping[str, Weight]) -> tuple[Axis, ...]:
         present[atoms] = True
     present[0] = False
     members = np.flatnonzero(present)
-    groups = _alike(members, [kind[members] for kind in (inexact, reason, signature)])
-    axis_of, unit_of = np.full(program.labels, -1, np.int32), np.full(program.labels, -1, np.int32)
-    for axis, atoms in enumerate(groups):
-        axis_of[atoms], unit_of[atoms] = axis, np.arange(len(atoms))
+    groups, axis_of, unit_of = _grouped(program, members, (inexact, reason, signature))
+    if len(lonely := _could_vanish(program, slots, axis_of, groups, reason)):
+        reason[lonely] = len(reasons)
+        reasons.append("removing it could leave nothing of what is selected here")
+        groups, axis_of, unit_of = _grouped(program, members, (inexact, reason, signature))
 
     where: dict[int, list[Member]] = {}
     parts: dict[int, list[tuple[int, Units]]] = {}  # of dimensions with the same labels
@@ -123,7 +124,7 @@ def _merge_rows(members: list[Member]) -> list[Member]:
     return out
 
 
-def _frozen(program: Program, slots: list[Slot], signature: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int64]]:
+def _frozen(program: Program, slots: list[Slot]) -> tuple[list[str], NDArray[np.int64]]:
     """Reason texts, and per atom the number of its reason (0: free). The first reason given wins."""
     reasons: list[str] = [""]
     number: dict[str, int] = {"": 0}
@@ -146,34 +147,44 @@ def _frozen(program: Program, slots: list[Slot], signature: NDArray[np.int64]) -
     if (seen[1:] == 1).any():
         mark(np.flatnonzero((seen == 1) & ~_computed_with(program)), "nothing reads it on the example inputs")
     reason[0] = 0
-    dims = {id(atoms): atoms for _, _, atoms in slots}
-    _, kind = np.unique(signature, return_inverse=True)
-    for part in (*dims.values(), *map(program.engine.resolve, program.engine.parts)):
-        mark(_first_of_none(part, kind, reason == 0), "removing it could leave nothing of what is selected here")
-        reason[0] = 0
     return reasons, reason
 
 
-def _first_of_none(atoms: Atoms, kind: NDArray[np.int64], free: Flags) -> Atoms:
-    """The atoms of one index, where every axis can keep a unit and yet no index stays; none where that cannot be.
+def _could_vanish(
+    program: Program,
+    slots: list[Slot],
+    axis_of: NDArray[np.int32],
+    groups: Sequence[Units],
+    reason: NDArray[np.int64],
+) -> Atoms:
+    """Atoms of one index of each dimension or selection of which nothing might stay, though every axis keeps a unit.
 
     A whole product, every unit with every other, has an index left whatever is chosen; a selection out of one may not.
     """
-    nothing: Atoms = np.zeros(0, np.int64)
-    if len(atoms) == 1:
-        return nothing
-    left = np.where(free[atoms] & (atoms != 0), atoms, 0)
-    if not left.any(0).all():
-        return nothing  # an index stays in any case
-    columns = np.unique(np.sort(left, axis=0), axis=1)
-    sizes = np.bincount(kind[free & (np.arange(len(free)) > 0)], minlength=int(kind.max()) + 1)
-    kinds = np.sort(np.where(columns != 0, kind[columns], -1), axis=0)
-    found, count = np.unique(kinds, axis=1, return_counts=True)
-    for of, n in zip(found.T, count, strict=True):
-        if n == int(np.prod(sizes[np.unique(of[of >= 0])])):
-            return nothing
-    first: Atoms = columns[columns[:, 0] != 0, 0]
-    return first
+    sizes, found = np.array([len(atoms) for atoms in groups]), [np.zeros(0, np.int64)]
+    dims = {id(atoms): atoms for _, _, atoms in slots}
+    for atoms in (*dims.values(), *map(program.engine.resolve, program.engine.parts)):
+        left = np.where((reason[atoms] == 0) & (axis_of[atoms] >= 0), atoms, 0)
+        if len(atoms) == 1 or not left.any(0).all():
+            continue  # an index stays in any case
+        columns = np.unique(np.sort(left, axis=0), axis=1)
+        kinds = np.sort(np.where(columns != 0, axis_of[columns], -1), axis=0)
+        of, count = np.unique(kinds, axis=1, return_counts=True)
+        whole = (n == np.prod(sizes[np.unique(k[k >= 0])]) for k, n in zip(of.T, count, strict=True))
+        if not any(whole):
+            found.append(columns[columns[:, 0] != 0, 0])
+    return np.concatenate(found)
+
+
+def _grouped(
+    program: Program, members: Units, keys: Sequence[NDArray[Any]]
+) -> tuple[list[Units], NDArray[np.int32], NDArray[np.int32]]:
+    """The atoms of each axis; and per atom its axis and its unit."""
+    groups = _alike(members, [key[members] for key in keys])
+    axis_of, unit_of = np.full(program.labels, -1, np.int32), np.full(program.labels, -1, np.int32)
+    for axis, atoms in enumerate(groups):
+        axis_of[atoms], unit_of[atoms] = axis, np.arange(len(atoms))
+    return groups, axis_of, unit_of
 
 
 def _computed_with(program: Program) -> Flags:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import common
 from secateur.apply.shrink import Shrunk, carry_out, relative_error
 from secateur.errors import BudgetError, LawError, PruneError
 from secateur.graph import analyze
@@ -56,7 +57,7 @@ def law_row(entry: Entry) -> Row:
     except PruneError as error:
         row |= {"outcome": "refused", "message": _line(error)}
     except Exception as error:
-        trace = traceback.format_exc().strip().splitlines()[-7:]
+        trace = traceback.format_exc().replace(f"{common.ROOT}/", "").strip().splitlines()[-7:]
         row |= {"outcome": "crash", "message": f"{type(error).__name__}: {_line(error)}", "trace": trace}
     row.setdefault("seconds", {})["whole"] = time.perf_counter() - start
     row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

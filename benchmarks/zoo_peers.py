@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+import common
 from secateur.graph.types import example_args
 from zoo_models import Entry, build
 
@@ -61,7 +62,7 @@ def peer_row(entry: Entry, prune: Callable[[nn.Module, Any, Tensor], nn.Module])
         found = first(small, inputs)
         row |= judge(found, expected, first(zeroed, inputs), norms_cut(model, kept))
     except Exception as error:
-        trace = traceback.format_exc().strip().splitlines()[-3:]
+        trace = traceback.format_exc().replace(f"{common.ROOT}/", "").strip().splitlines()[-3:]
         row |= {"message": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "trace": trace}
     finally:
         row["seconds"] = {"whole": time.perf_counter() - start}

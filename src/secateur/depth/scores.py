@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 
 from secateur import criteria
 from secateur.errors import DataError, SpecError
-from secateur.graph import Graph, analyze
+from secateur.graph import Graph
 from secateur.graph.blocks import Block
 from secateur.graph.rules.base import each
+from secateur.graph.shapes import Elsewhere
 from secateur.graph.trace import run
 from secateur.progress import track
 from secateur.stats import Stats
@@ -85,7 +86,6 @@ class Calibration:
     model: nn.Module
     graph: Graph
     task: Task | None
-    _known: list[tuple[list[tuple[int, ...]], bool, Graph]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         """Inputs and targets of each batch."""
@@ -123,23 +123,17 @@ class Calibration:
 
     def graph_of(self, inputs: Any) -> Graph:
         """The model's graph at the shape of these inputs."""
-        if inputs is self.graph.inputs:
-            return self.graph
-        shapes = [tuple(v.shape) for v in tree_leaves(inputs) if isinstance(v, Tensor)]
-        for known, any_batch, graph in self._known:
-            if known == shapes or (any_batch and [s[1:] for s in known] == [s[1:] for s in shapes]):
-                return graph
-        said = self.graph.declared
-        graph = analyze(self.model, inputs, ties=said.ties, free_outputs=said.free_outputs, dynamic_batch=True)
+        graph = self._elsewhere.graph_of(inputs)
         if missing := {b.name for b in self.graph.blocks} - {b.name for b in graph.blocks}:
             raise DataError(
                 f"on the calibration data the model has no block {min(missing)!r}, which it has on the example inputs; "
                 "give example inputs of the same form as the data"
             )
-        values = (n.meta.get("val") for n in graph.program.module.graph.nodes if n.op == "placeholder")
-        symbolic = any(not isinstance(size, int) for v in values if isinstance(v, Tensor) for size in v.shape)
-        self._known.append((shapes, symbolic, graph))
         return graph
+
+    @functools.cached_property
+    def _elsewhere(self) -> Elsewhere:
+        return Elsewhere(self.model, self.graph)
 
 
 @contextlib.contextmanager

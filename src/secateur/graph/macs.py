@@ -24,6 +24,7 @@ class Multiply:
     factors: tuple[tuple[Dim, int], ...]
     out_dim: int = 0  # of the weight: its dimension of outputs, and of inputs
     in_dim: int = 1
+    along: int = -1  # of the operator's output: the dimension that the weight's outputs are on
 
     @property
     def macs(self) -> int:
@@ -114,9 +115,11 @@ def _roles(op: Op, name: str, reads: Mapping[fx.Node, Read]) -> Multiply | None:
     if (name.startswith("conv") or name == "torchvision::deform_conv2d") and "weight" in op.args:
         weight = op.args["weight"]
         w = list(zip(op.dims("weight"), op.sizes("weight"), strict=True))
+        channel = 1 - len(w)
         if "transpose" in name:  # every input value meets out/groups x kernel weights
-            return _product(op, weight, 1, 0, [*zip(op.dims("input"), op.sizes("input"), strict=True), *w[1:]], reads)
-        return _product(op, weight, 0, 1, [*out, *w[1:]], reads)
+            x = list(zip(op.dims("input"), op.sizes("input"), strict=True))
+            return _product(op, weight, 1, 0, [*x, *w[1:]], reads, channel)
+        return _product(op, weight, 0, 1, [*out, *w[1:]], reads, channel)
     if name == "linear":
         return _product(op, op.args["weight"], 0, 1, [*out, (op.dims("weight")[1], op.sizes("weight")[1])], reads)
     if name == "bilinear":
@@ -131,34 +134,40 @@ def _roles(op: Op, name: str, reads: Mapping[fx.Node, Read]) -> Multiply | None:
         return None
     summed = _pairs(op, left)[-1]
     if left in reads and right not in reads:
-        return _product(op, left, -2, -1, [*out, summed], reads)
+        return _product(op, left, -2, -1, [*out, summed], reads, -2 if len(op.of(right)) > 1 else -1)
     return _product(op, right, -1, -2, [*out, summed], reads)
 
 
 def _product(
-    op: Op, weight: fx.Node, out_dim: int, in_dim: int, factors: Factors, reads: Mapping[fx.Node, Read]
+    op: Op,
+    weight: fx.Node,
+    out_dim: int,
+    in_dim: int,
+    factors: Factors,
+    reads: Mapping[fx.Node, Read],
+    along: int = -1,
 ) -> Multiply:
     read = reads.get(weight)
     if read is None or len(read.dims) < 2:
         return Multiply(op.node.name, "", tuple(factors))
-    return Multiply(op.node.name, read.name, tuple(factors), read.dims[out_dim], read.dims[in_dim])
+    return Multiply(op.node.name, read.name, tuple(factors), read.dims[out_dim], read.dims[in_dim], along)
 
 
 def _einsum(op: Op, reads: Mapping[fx.Node, Read]) -> Multiply:
     """Every combination of all letters is one product."""
     operands, out = terms(op)
     factors: dict[str, tuple[Dim, int]] = {}
-    weight, sides = "", (0, 1)
+    weight, sides = "", (0, 1, -1)
     for letters, node in zip(operands, op.args["tensors"], strict=True):
         for letter, pair in zip(letters, _pairs(op, node), strict=True):
             if letter not in factors or pair[1] > 1:
                 factors[letter] = pair
         read = reads.get(node)
         read = read if read and read.dims else None
-        kept = [d for letter, d in zip(letters, read.dims, strict=True) if letter in out] if read else []
+        kept = [(d, out.index(t)) for t, d in zip(letters, read.dims, strict=True) if t in out] if read else []
         summed = [d for letter, d in zip(letters, read.dims, strict=True) if letter not in out] if read else []
         if read and kept and summed:
-            weight, sides = read.name, (kept[-1], summed[0])
+            weight, sides = read.name, (kept[-1][0], summed[0], kept[-1][1])
     return Multiply(op.node.name, weight, tuple(factors.values()), *sides)
 
 

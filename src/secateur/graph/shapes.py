@@ -1,0 +1,54 @@
+"""The graph of a model at the shapes of other inputs than those it was analyzed on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.graph.analyze import analyze
+from secateur.graph.graph import Graph
+
+Shapes = list[tuple[Any, ...]]
+
+
+class Elsewhere:
+    """``graph_of(inputs)``: the graph as given where the shapes are those, else one exported for them, remembered.
+
+    Sizes that an export could leave open serve for every value from 2 up: a batch of another size, a longer text.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self._model, self._graph = model, graph
+        self._known: list[tuple[Shapes, Graph]] = []
+
+    def graph_of(self, inputs: Any) -> Graph:
+        """Raises TraceError where the model fails on these inputs."""
+        if inputs is self._graph.inputs:
+            return self._graph
+        shapes: Shapes = [tuple(v.shape) for v in tree_leaves(inputs) if isinstance(v, Tensor)]
+        for known, graph in self._known:
+            if _fits(known, shapes):
+                return graph
+        said = self._graph.declared
+        graph = analyze(self._model, inputs, ties=said.ties, free_outputs=said.free_outputs, dynamic_batch=True)
+        values = (n.meta.get("val") for n in graph.program.module.graph.nodes if n.op == "placeholder")
+        self._known.append(([tuple(v.shape) for v in values if isinstance(v, Tensor)], graph))
+        return graph
+
+
+def _fits(known: Shapes, shapes: Shapes) -> bool:
+    """Whether these sizes are the known ones, or values of the known symbols, each the same wherever it stands."""
+    if [len(shape) for shape in known] != [len(shape) for shape in shapes]:
+        return False
+    bound: dict[str, int] = {}
+    for size, found in (
+        (a, b) for one, other in zip(known, shapes, strict=True) for a, b in zip(one, other, strict=True)
+    ):
+        if isinstance(size, int):
+            if size != found:
+                return False
+        elif not size.node.expr.is_symbol or found < 2 or bound.setdefault(str(size.node.expr), found) != found:
+            return False
+    return True

@@ -137,7 +137,7 @@ def test_bad_scores_are_named(criterion, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("magnitud", "is unknown; there are magnitude, l2, random, bn_scale, taylor"),
+        ("magnitud", "is unknown; there are magnitude, l2, random, bn_scale, fpgm, lamp, taylor"),
         ("nowhere:f", "nowhere"),
         ("math:pi", "math has no function 'pi'"),
         (3, "found int"),

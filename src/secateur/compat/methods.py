@@ -55,8 +55,9 @@ class BasePruningMethod(ABC):
                 f"{cls.__name__} overrides apply_mask, but a pruned tensor always is the original where the mask is one "
                 "and zero elsewhere; override compute_mask"
             )
+        method = cls(*args, **kwargs)
         masked.source(module, name)
-        return commit_(prepare(module, name, cls(*args, **kwargs), importance_scores))
+        return commit_(prepare(module, name, method, importance_scores))
 
     def prune(self, t: Tensor, default_mask: Tensor | None = None, importance_scores: Tensor | None = None) -> Tensor:
         """``t`` with zeros, where neither ``t`` nor the scores need belong to a module."""

@@ -71,8 +71,14 @@ class Outputs:
             self._watches[id(graph)] = _Watch(graph, self._places, self._wanted, self._add)
         return self._watches[id(graph)](inputs)
 
-    def _add(self, name: str, what: str, values: Tensor, along: int) -> None:
-        """values: a tensor of |outputs| or flags, the outputs on dimension ``along``."""
+    def _add(self, name: str, what: str, out: Tensor, along: int, above: bool) -> None:
+        """out: what a weight gives, its outputs on dimension ``along``; on above zero, or where they are not zero."""
+        if not bool(out.isfinite().all()):
+            raise DataError(
+                f"the outputs of weight {name!r} on calibration batch {self._batch} are NaN or infinite; check the data "
+                "and the model"
+            )
+        values = out.abs() if what == "activation" else (out > 0 if above else out != 0)
         rows = values.movedim(along, 0).reshape(values.shape[along], -1)
         weight = self._graph.weights[name]
         n = weight.shape[weight.out_dim]
@@ -82,11 +88,6 @@ class Outputs:
                 "told apart; ignore= it, or use a criterion of weights or gradients"
             )
         sums = rows.sum(1, dtype=torch.float64).view(-1, n).sum(0)  # groups of a convolution share a weight's outputs
-        if not bool(sums.isfinite().all()):
-            raise DataError(
-                f"the outputs of weight {name!r} on calibration batch {self._batch} are NaN or infinite; check the "
-                "data and the model"
-            )
         total, count = self._sums.get((name, what), (0, 0))
         self._sums[name, what] = total + sums, count + values.numel() // n
 
@@ -104,7 +105,11 @@ class _Watch(fx.Interpreter):
     """Runs a program, and hands on what comes out where these weights multiply."""
 
     def __init__(
-        self, graph: Graph, places: Iterable[str], wanted: Iterable[str], add: Callable[[str, str, Tensor, int], None]
+        self,
+        graph: Graph,
+        places: Iterable[str],
+        wanted: Iterable[str],
+        add: Callable[[str, str, Tensor, int, bool], None],
     ) -> None:
         super().__init__(graph.program.module)
         nodes = {node.name: node for node in graph.program.module.graph.nodes}
@@ -137,7 +142,5 @@ class _Watch(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
         for name, what, along, above in self._spots.get(node, ()):
-            out = value.detach()
-            found = out.abs() if what == "activation" else (out > 0 if above else out != 0)
-            self._add(name, what, found, along)
+            self._add(name, what, value.detach(), along, above)
         return value

@@ -1,0 +1,403 @@
+"""Statistics: where they are taken, that one pass gives them all, and data that do not fit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nets import build
+from secateur.criteria import score
+from secateur.errors import DataError, SpecError
+from secateur.graph import analyze
+from secateur.stats import COLLECTED, collect, gradients
+from secateur.tasks import Classification
+
+
+def task_of(x, classes=3, batch_size=4, calibration=None):
+    split = (x, torch.arange(len(x)) % classes)
+    if calibration is not None:
+        calibration = (calibration, torch.arange(len(calibration)) % classes)
+    return Classification(split, split, split, calibration or split, batch_size=batch_size)
+
+
+def outputs_of(model, x, names=None, data=None):
+    found = collect(model, analyze(model, x), ["activation", "active"], task_of(x if data is None else data), 0, names)
+    return {name: (stats["activation"], stats["active"]) for name, stats in found.items()}
+
+
+def share(y, dim, on=lambda v: v != 0):
+    return on(y).movedim(dim, 0).flatten(1).float().mean(1)
+
+
+def size(y, dim):
+    return y.abs().movedim(dim, 0).flatten(1).mean(1)
+
+
+# --- where outputs come out ------------------------------------------------------------------------
+
+
+def test_outputs_of_a_module_are_those_a_hook_sees():
+    model, inputs = build("plain")
+    model.eval()
+    seen = {}
+    model[0].register_forward_hook(lambda module, args, y: seen.setdefault("0", []).append(y.detach()))
+    x = torch.randn(10, *inputs.shape[1:])
+    found = outputs_of(model, inputs, data=x)
+    seen.clear()
+    with torch.no_grad():
+        model(x)
+        on = share(model[:3](x), 1, lambda v: v > 0)
+    torch.testing.assert_close(found["0.weight"][0], size(torch.cat(seen["0"]), 1))
+    torch.testing.assert_close(found["0.weight"][1], on)
+    assert not torch.equal(on, share(torch.cat(seen["0"]), 1, lambda v: v > 0)), "the batch norm moves some across zero"
+
+
+class Functional(nn.Module):
+    """A weight used functionally, one used twice, a product from the left, and an einsum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(5, 4))
+        self.twice = nn.Parameter(torch.randn(5, 5))
+        self.left = nn.Parameter(torch.randn(6, 5))
+        self.named = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x):
+        first = F.relu(F.linear(x, self.a))
+        once = F.linear(first, self.twice)
+        again = F.linear(torch.tanh(once), self.twice)
+        left = (self.left @ again.mT).mT
+        return torch.einsum("bi,io->bo", left, self.named)
+
+
+def test_weights_used_functionally_and_twice():
+    model, x = Functional(), torch.randn(7, 4)
+    found = outputs_of(model, x)
+    with torch.no_grad():
+        first = F.linear(x, model.a)
+        once = F.linear(F.relu(first), model.twice)
+        again = F.linear(torch.tanh(once), model.twice)
+        left = again @ model.left.mT
+        both = torch.cat([once, again])
+    torch.testing.assert_close(found["a"], (size(first, 1), share(F.relu(first), 1)))
+    torch.testing.assert_close(found["twice"], (size(both, 1), torch.ones(5)))
+    torch.testing.assert_close(found["left"][0], size(left, 1))
+    torch.testing.assert_close(found["named"][0], size(left @ model.named.detach(), 1))
+
+
+def test_tied_weights_count_all_their_uses():
+    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    b.weight = a.weight
+    model, x = nn.Sequential(a, nn.ReLU(), b, nn.Flatten()), torch.randn(6, 4)
+    found = outputs_of(model, x)
+    with torch.no_grad():
+        outs = torch.cat([a(x), b(a(x).relu())])
+        behind = torch.cat([a(x).relu(), b(a(x).relu())])
+    assert list(found) == ["0.weight"]
+    torch.testing.assert_close(found["0.weight"], (size(outs, 1), share(behind, 1)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_convolutions_of_both_directions_and_in_groups(kind, groups):
+    model, x = nn.Sequential(kind(4, 6, 3, groups=groups, bias=False), nn.ReLU()), torch.randn(5, 4, 9)
+    found = outputs_of(model, x)["0.weight"]
+    with torch.no_grad():
+        y = model[0](x)
+    if kind is nn.ConvTranspose1d and groups == 2:  # the weight is (in, out / groups): groups share its outputs
+        y = torch.cat([y[:, :3], y[:, 3:]])
+    torch.testing.assert_close(found, (size(y, 1), share(y.relu(), 1)))
+
+
+def test_a_matrix_times_a_vector():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x):
+            return (self.w @ x.mean(0)).relu()[None]
+
+    x = torch.randn(3, 4)
+    task = Classification(*[(x, torch.zeros(3, dtype=torch.long))] * 4, batch_size=3)
+    model = Vector()
+    found = collect(model, analyze(model, x), ["activation", "active"], task)["w"]
+    y = model.w.detach() @ x.mean(0)
+    torch.testing.assert_close(found["activation"], y.abs())
+    torch.testing.assert_close(found["active"], (y > 0).float())
+
+
+@pytest.mark.parametrize(
+    ("behind", "on"),
+    [
+        (nn.GELU(), lambda y: F.gelu(y) > 0),
+        (nn.Sequential(nn.LayerNorm(5), nn.SiLU()), lambda y: F.layer_norm(y, (5,)) > 0),
+        (nn.Sequential(nn.Dropout(), nn.ReLU(inplace=True)), lambda y: y > 0),
+        (nn.Hardtanh(0, 6), lambda y: y > 0),
+        (nn.Tanh(), lambda y: y != 0),
+        (nn.Identity(), lambda y: y != 0),
+        (nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (-1, 5)), nn.ReLU()), lambda y: y != 0),
+    ],
+)
+def test_what_counts_as_on(behind, on):
+    model, x = nn.Sequential(nn.Linear(4, 5), behind, nn.Linear(5, 3)).eval(), torch.randn(20, 4)
+    with torch.no_grad():
+        y = model[0](x)
+    found = outputs_of(model, x)["0.weight"]
+    torch.testing.assert_close(found[0], size(y, 1))
+    torch.testing.assert_close(found[1], share(y, 1, on))
+
+
+def test_a_residual_sum_is_followed_to_the_nonlinearity_behind_it():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return (self.b(y) + y).relu()
+
+    model, x = Residual(), torch.randn(20, 4)
+    with torch.no_grad():
+        expected = share(model(x), 1)
+    torch.testing.assert_close(outputs_of(model, x)["b.weight"][1], expected)
+
+
+def test_texts_of_other_lengths_than_the_example():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, ids):
+            return self.down(self.up(self.embed(ids)).relu()).mean(1)
+
+    class Texts(Classification):
+        def batches(self, split):
+            for length in (5, 2, 7):
+                yield torch.arange(3 * length).view(3, length) % 9, torch.arange(3)
+
+    model = Text()
+    x = torch.zeros(2, 4, dtype=torch.long)
+    task = Texts(*[(x, torch.zeros(2, dtype=torch.long))] * 3)
+    found = collect(model, analyze(model, x), ["activation", "grad_abs"], task)
+    with torch.no_grad():
+        outs = torch.cat([model.up(model.embed(ids)).flatten(0, 1) for ids, _ in task.batches("calibration")])
+    torch.testing.assert_close(found["up.weight"]["activation"], size(outs, 1))
+    grads = [
+        torch.autograd.grad(task.loss(model(ids), y), model.up.weight)[0].abs()
+        for ids, y in task.batches("calibration")
+    ]
+    torch.testing.assert_close(found["up.weight"]["grad_abs"], torch.stack(grads).mean(0))
+
+
+# --- one pass --------------------------------------------------------------------------------------
+
+
+class Counted(Classification):
+    def batches(self, split):
+        Counted.passes.append(split)
+        yield from super().batches(split)
+
+    def loss(self, output, target):
+        Counted.losses.append(len(target))
+        return super().loss(output, target)
+
+
+@pytest.mark.parametrize(
+    ("needs", "losses"),
+    [
+        (["activation", "active", "norm_scale"], []),
+        (["grad_abs", "hessian", "activation"], [4, 2]),
+        (["grad_square", "fisher_inverse"], [1] * 6),
+        (list(COLLECTED), [4, 1, 1, 1, 1, 2, 1, 1]),
+    ],
+)
+def test_everything_comes_from_one_pass(needs, losses, monkeypatch):
+    monkeypatch.setattr(Counted, "passes", [], raising=False)
+    monkeypatch.setattr(Counted, "losses", [], raising=False)
+    model, inputs = build("plain")
+    x = torch.randn(6, *inputs.shape[1:])
+    split = (x, torch.arange(6) % 5)
+    found = collect(model, analyze(model, inputs), needs, Counted(split, split, split, split, batch_size=4))
+    assert Counted.losses == losses
+    assert Counted.passes == ["calibration"]
+    for stats in found.values():
+        assert set(stats.values) == set(needs)
+        assert all(value.isfinite().all() and not value.requires_grad for value in stats.values.values())
+
+
+def test_together_is_the_same_as_one_by_one():
+    model, inputs = build("plain")
+    x = torch.randn(6, *inputs.shape[1:])
+    graph, task = analyze(model, inputs), task_of(x, 5)
+    together = collect(model, graph, COLLECTED, task)
+    for what in COLLECTED:
+        for name, stats in collect(model, graph, [what], task).items():
+            torch.testing.assert_close(stats[what], together[name][what])
+
+
+def test_the_model_is_left_as_it_was():
+    model, inputs = build("plain")
+    model.train()
+    model[0].weight.requires_grad_(False)
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    before = copy.deepcopy(model.state_dict())
+    collect(model, analyze(model, inputs), COLLECTED, task_of(torch.randn(6, *inputs.shape[1:]), 5))
+    assert all(module.training for module in model.modules())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["0.weight"]
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["3.weight"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_only_the_named_weights_are_looked_at():
+    model, inputs = build("plain")
+    found = collect(
+        model, analyze(model, inputs), ["activation"], task_of(torch.randn(4, *inputs.shape[1:]), 5), 0, ["0.weight"]
+    )
+    assert list(found) == ["0.weight"]
+
+
+def test_half_precision_is_summed_in_single():
+    model, x = nn.Linear(4, 3).bfloat16(), torch.randn(8, 4).bfloat16()
+    found = collect(model, analyze(model, x), COLLECTED, task_of(x))["weight"]
+    assert {what: found[what].dtype for what in COLLECTED if what != "norm_scale"} == dict.fromkeys(
+        [what for what in COLLECTED if what != "norm_scale"], torch.float32
+    )
+
+
+def test_attention_is_derived_twice():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+
+    model, x = Attention(), torch.randn(4, 5, 8)
+    found = collect(model, analyze(model, x), ["hessian"], task_of(x))
+    assert found["qkv.weight"]["hessian"].abs().sum() > 0
+
+
+# --- data that do not fit --------------------------------------------------------------------------
+
+
+NEED_DATA = [what for what in COLLECTED if what != "norm_scale"]
+
+
+@pytest.mark.parametrize("what", NEED_DATA)
+def test_no_task_no_statistics(what):
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match=f"needs data for '{what}', so give task="):
+        collect(model, analyze(model, inputs), [what])
+
+
+@pytest.mark.parametrize("what", NEED_DATA)
+def test_data_of_another_shape_are_refused(what):
+    model, inputs = build("plain")
+    model.train()
+    task = task_of(torch.randn(4, 5, 8, 8), 5)
+    with pytest.raises(DataError, match=r"calibration batch 0.*float32\[(4|1), 5, 8, 8\]"):
+        collect(model, analyze(model, inputs), [what], task)
+    assert model.training
+
+
+@pytest.mark.parametrize("what", NEED_DATA)
+def test_data_that_are_not_finite_are_refused(what):
+    model, inputs = build("plain")
+    x = torch.randn(8, *inputs.shape[1:])
+    x[5] = torch.nan
+    expected = "loss on calibration batch 1 is"
+    if what in ("activation", "active"):
+        expected = "outputs of weight '0.weight' on calibration batch 1 are NaN"
+    with pytest.raises(DataError, match=expected):
+        collect(model, analyze(model, inputs), [what], task_of(x, 5))
+
+
+@pytest.mark.parametrize("what", NEED_DATA)
+def test_no_data_are_refused(what):
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match="batch"):
+        collect(
+            model, analyze(model, inputs), [what], task_of(torch.randn(4, *inputs.shape[1:]), 5, calibration=inputs[:0])
+        )
+
+    class Nothing(Classification):
+        def batches(self, split):
+            return iter(())
+
+    split = (inputs, torch.zeros(len(inputs), dtype=torch.long))
+    with pytest.raises(DataError, match="the calibration split has no batches"):
+        collect(model, analyze(model, inputs), [what], Nothing(split, split, split))
+
+
+def test_an_unknown_statistic_names_the_known_ones():
+    model, inputs = build("plain")
+    with pytest.raises(SpecError, match="no statistic is called 'gradient'; there are grad_abs, "):
+        collect(model, analyze(model, inputs), ["gradient"])
+
+
+def test_a_fisher_matrix_too_large_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(gradients, "LARGEST", 1000)
+    model, inputs = build("plain")
+    with pytest.raises(
+        DataError, match=r"The Fisher|the Fisher matrix of [\d,]+ weights takes .* use criterion='fisher'"
+    ):
+        score(model, analyze(model, inputs), "block_fisher", task_of(torch.randn(4, *inputs.shape[1:]), 5))
+
+
+def test_outputs_inside_an_operator_are_refused_and_may_be_ignored():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0][:, -1])
+
+    model, x = Recurrent(), torch.randn(4, 5, 4)
+    graph = analyze(model, x)
+    with pytest.raises(DataError, match=r"the outputs of weight 'rnn.weight_\w+' stay inside gru"):
+        collect(model, graph, ["activation"], task_of(x))
+    assert list(collect(model, graph, ["activation"], task_of(x), 0, ["head.weight"])) == ["head.weight"]
+
+
+def test_a_weight_used_in_parts_is_refused():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x):
+            return F.linear(x, self.w[:3])
+
+    model, x = Parts(), torch.randn(4, 4)
+    with pytest.raises(DataError, match="weight 'w' has 5 outputs and is used in parts, 3 at once"):
+        collect(model, analyze(model, x), ["activation"], task_of(x))
+
+
+def test_no_second_derivative_is_refused():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return grad.clone()
+
+    class Odd(Classification):
+        def loss(self, output, target):
+            return Once.apply(super().loss(output, target)).exp()
+
+    model, x = nn.Linear(4, 3), torch.randn(4, 4)
+    split = (x, torch.arange(4) % 3)
+    with pytest.raises(DataError, match=r"cannot be derived twice: .*; use criterion='fisher'"):
+        collect(model, analyze(model, x), ["hessian"], Odd(split, split, split, split))

@@ -75,8 +75,8 @@ class Outputs:
         """out: what a weight gives, its outputs on dimension ``along``; on above zero, or where they are not zero."""
         if not bool(out.isfinite().all()):
             raise DataError(
-                f"the outputs of weight {name!r} on calibration batch {self._batch} are NaN or infinite; check the data "
-                "and the model"
+                f"the outputs of weight {name!r} on calibration batch {self._batch} are NaN or infinite; check the "
+                "data and the model"
             )
         values = out.abs() if what == "activation" else (out > 0 if above else out != 0)
         rows = values.movedim(along, 0).reshape(values.shape[along], -1)

@@ -36,6 +36,7 @@ bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/first_road.py
 	$(BIN)/python benchmarks/analyze_cost.py
 	$(BIN)/python benchmarks/cost_global.py
+	$(BIN)/python benchmarks/compat_memory.py
 	$(BIN)/python benchmarks/real_nets.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/tables.py
@@ -44,6 +45,6 @@ zoo: setup  ## an hour: every timm family, Hugging Face and torchvision models; 
 	$(BIN)/python benchmarks/zoo.py
 	$(BIN)/python benchmarks/tables.py
 
-docs: setup  ## fill the README's tables from the newest results, run its examples
+docs: setup  ## fill the tables of README and docs from the newest results, run its examples
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python -m pytest -q tests/test_readme.py tests/test_tables.py

@@ -2,8 +2,8 @@
 
     python benchmarks/compat_memory.py
 
-Every round prunes 20 % of the weights left, of four layers of a million weights each. A row is what ``torch.save`` writes
-of the whole module or of its state_dict, as a multiple of what it writes of the dense one.
+Every round prunes 20 % of the weights left, of four layers of a million weights each. A row is what ``torch.save``
+writes of the whole module or of its state_dict, as a multiple of what it writes of the dense one.
 """
 
 from __future__ import annotations

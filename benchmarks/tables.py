@@ -1,4 +1,4 @@
-"""Write the tables of README.md, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the newest results.
+"""Write the tables of README.md and docs, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the newest results.
 
 python benchmarks/tables.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import common
@@ -18,12 +19,21 @@ from secateur.report.html import count, size
 PLACE = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def fill(text: str) -> str:
-    """``text`` with every marked table made anew."""
-    return PLACE.sub(lambda found: found[1] + table(found[2]) + found[3], text)
+def pages() -> list[Path]:
+    """Every page that can have tables."""
+    return [common.ROOT / "README.md", *sorted((common.ROOT / "docs").glob("*.md"))]
 
 
-def table(name: str) -> str:
+def fill(text: str, root: str = "") -> str:
+    """``text`` with every marked table made anew; ``root`` is the way from its folder to the repository's."""
+    return PLACE.sub(lambda found: found[1] + table(found[2], root) + found[3], text)
+
+
+def filled(page: Path) -> str:
+    return fill(page.read_text(encoding="utf-8"), "" if page.parent == common.ROOT else "../")
+
+
+def table(name: str, root: str) -> str:
     """The newest results of benchmark ``name`` as Markdown, and where they come from."""
     path = common.newest(name)
     if path is None:
@@ -31,7 +41,7 @@ def table(name: str) -> str:
     results = read_json(path)
     meta = results["meta"]
     source = f"{meta['cpu']}, {meta['threads']} threads, torch {meta['versions']['torch']}, commit {meta['commit']}"
-    link = path.relative_to(common.ROOT).as_posix()
+    link = root + path.relative_to(common.ROOT).as_posix()
     head, *body = FORMS[name](results["rows"])
     lines = [head, ["---"] * len(head), *body]
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -154,6 +164,7 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "first_road": _roads,
     "analyze_cost": _analyze,
     "cost_global": _plain,
+    "compat_memory": _plain,
     "zoo": _zoo,
     "real_nets": _real,
     "scale": _scale,
@@ -162,8 +173,8 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
 
 
 def main() -> None:
-    readme = common.ROOT / "README.md"
-    write_atomic(readme, fill(readme.read_text(encoding="utf-8")))
+    for page in pages():
+        write_atomic(page, filled(page))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,19 @@ def test_prune_writes_a_directory_that_the_other_verbs_read() -> None:
     assert Path(path).is_file()
 
 
+def test_a_fine_tuning_is_kept_and_its_options_are_read_before_anything_is_pruned() -> None:
+    words = ["small.py:net", "--data", "small.py:data", "--budget", "macs=50%", "--out", "out"]
+    words += ["--epochs", "1", "--checkpoint", "kept"]
+    words += ["--schedule", "rewind", "--optimizer", "torch.optim:AdamW", "--accumulate", "2", "--ema", "0.9"]
+    first = json.loads(secateur("prune", *words, "--json").stdout)
+    written = Path("kept/recover.safetensors").stat().st_mtime_ns
+    again = json.loads(secateur("prune", *words, "--json").stdout)
+    assert again["rows"][-1]["accuracy"] == first["rows"][-1]["accuracy"]
+    assert Path("kept/recover.safetensors").stat().st_mtime_ns == written
+    assert "temperature was 4.0, is now 2.0" in mistake("prune", *words, "--temperature", "2")
+    assert mistake("prune", *words[:-1], "1.5").startswith("secateur: ema is 1.5, expected a decay between 0 and 1")
+
+
 def test_minimum_tie_and_free_output_reach_the_plan() -> None:
     words = ["small.py:net", *SHAPE, "--budget", "threshold=1000", "--out", "out", "--json"]
     limits = ["--minimum", "3", "--minimum", "3=50%", "--free-output", "0"]

@@ -1,10 +1,15 @@
 import io
+import re
 from contextlib import redirect_stderr
 
 import pytest
+import torch
+from torch import nn
 
 from secateur import progress
-from secateur.progress import track
+from secateur.progress import note, track
+from secateur.recover import recover
+from secateur.tasks import Classification
 
 
 class Terminal(io.StringIO):
@@ -66,3 +71,32 @@ def test_an_abandoned_or_failing_loop_takes_its_bar_away(patience):
         left.close()
         assert progress._display().tasks == []
         assert list(track(range(2), "Again")) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("total", "completed", "shown"),
+    [(4, 1, "1:02:05, 3:06:16 left"), (4, 4, "1:02:05, 0:00:00 left"), (4, 0, "1:02:05"), (None, 3, "1:02:05")],
+)
+def test_times_gone_and_left_are_shown(total, completed, shown):
+    """Of items that take an hour each too."""
+    bar = progress._display().add_task("Fine-tuning", total=total, completed=completed)
+    task = progress._display().tasks[-1]
+    task.start_time, task.stop_time = 0.0, 3725.4
+    assert progress._Times().render(task).plain == shown
+    progress._display().remove_task(bar)
+
+
+def test_a_note_stands_above_the_bars_and_is_silent_without_them(patience):
+    with redirect_stderr(Terminal()) as screen:
+        note("before any bar")
+        for item in track(range(3), "Fine-tuning"):
+            note(f"[epoch] {item + 1}")
+    assert "before any bar" not in screen.getvalue()
+    assert "[epoch] 3" in screen.getvalue()
+
+
+def test_an_epoch_is_told_while_the_bar_is_shown(patience):
+    x, y = torch.eye(4), torch.arange(4)
+    with redirect_stderr(Terminal()) as screen:
+        recover(nn.Linear(4, 4), Classification((x, y), (x, y), (x, y)), epochs=3)
+    assert re.search(r"epoch 3 of 3: loss 1\.\d{4}, validation score [01]\.\d{4}", screen.getvalue())

@@ -10,7 +10,6 @@ from secateur.allocate import Allocation
 from secateur.errors import DataError
 from secateur.plan import Plan
 from secateur.recover import distillation_loss, recalibrate_, recover
-from secateur.recover.finetune import _rate
 from secateur.tasks import Classification, evaluate
 
 
@@ -253,14 +252,3 @@ def test_mistakes_are_named():
         recover(network(), task(train=(x * torch.nan, y)))
     with pytest.raises(DataError, match="the train split has no batches"):
         recover(network(), task(train=(x[:0], y[:0])))
-
-
-def test_the_rate_rises_then_falls():
-    rates = [_rate(step, 100) for step in range(100)]
-    top = rates.index(max(rates))
-    assert rates[:top] == sorted(rates[:top])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert max(rates) == 1
-    assert 2 <= top <= 10
-    assert 0 < rates[-1] < 0.01 < rates[0]
-    assert all(0 <= _rate(step, steps) <= 1 for steps in (1, 2, 3) for step in range(steps + 2))

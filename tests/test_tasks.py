@@ -46,6 +46,23 @@ def test_training_passes_differ_are_repeatable_and_drop_the_short_batch():
     assert all(torch.equal(a, b) for a, b in zip(two_passes(), (first, second), strict=True))
 
 
+def test_a_pass_knows_its_length_and_gives_its_batches_in_any_order():
+    torch.manual_seed(3)
+    forwards = small(augment=lambda x, g: x + torch.rand(x.shape, generator=g)).batches("train")
+    ahead = list(forwards)
+    assert len(forwards) == len(ahead) == 2
+    for i in (1, 0):
+        assert torch.equal(forwards[i][0], ahead[i][0])
+    with pytest.raises(IndexError):
+        forwards[2]
+
+    def broken(x, generator):
+        raise IndexError("in augment")
+
+    with pytest.raises(IndexError, match="in augment"):
+        list(small(augment=broken).batches("train"))
+
+
 def test_training_labels_travel_with_their_examples():
     for x, y in small().batches("train"):
         assert torch.equal(x[:, 0].long() % 3, y)

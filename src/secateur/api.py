@@ -29,7 +29,7 @@ from secateur.names import Choice
 from secateur.plan import Plan
 from secateur.planning import Least
 from secateur.progress import track
-from secateur.recover import recalibrate_, recover
+from secateur.recover import Recovery, recalibrate_, recover
 from secateur.report import Frozen, Layer, Report, Row
 from secateur.store import Result
 from secateur.targets.onnx import export_onnx
@@ -63,8 +63,9 @@ def prune(
     minimum: Least | Mapping[str, Least] = 1,
     epochs: int = 0,
     lr: float = 0.01,
-    amp: bool = False,
+    amp: bool | str = False,
     patience: int | None = None,
+    recovery: Mapping[str, Any] | None = None,
     inplace: bool = False,
     verify: bool = True,
     seed: int = 0,
@@ -78,6 +79,7 @@ def prune(
         The criterion is magnitude by default, for blocks influence.
     task: data, loss and score; with it batch norms are recalibrated, accuracy is measured on the test split, and the
         model is fine-tuned for ``epochs`` with distillation from the dense one.
+    recovery: further options of ``recover``, such as {"checkpoint": "folder", "ema": 0.999}; see ``Recovery``.
     ignore: weights, axes and blocks to leave alone: globs, modules, or functions of their names.
     overrides: glob -> part to remove there.
     minimum: units that every axis keeps at least, a count or a part; or glob -> such.
@@ -90,6 +92,8 @@ def prune(
     """
     if epochs and task is None:
         raise SpecError(f"epochs={epochs} needs task=: data to train on, a loss and a score")
+    options = {"lr": lr, "amp": amp, "patience": patience, "seed": seed, **(recovery or {})}
+    Recovery(epochs=epochs, **options)  # read now, so that a mistake does not end an hour of pruning
     given, model = model, plain(model)
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     _require_values(model)
@@ -99,7 +103,6 @@ def prune(
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
     log = _Log(model, graph, chosen, done, task)
-    options = {"lr": lr, "amp": amp, "patience": patience, "seed": seed}
     small = _recover(done.model, model, log, task, chosen, epochs, options)
     report = log.report(small)
     if inplace:

@@ -73,6 +73,29 @@ Criterion = Annotated[
         "taylor, magnitude or random. Default: magnitude, for layers influence."
     ),
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="sparsity=90%, params=50%, macs=50%, size=10MB, latency=50%, latency=5ms or threshold=1e-3. "
+        "Patterns such as 2:4 need none."
+    ),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
+]
+Minimum = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[GLOB=]N", help="Units that axes keep at least, such as 16, 25% or 'layer1.*=16'."),
+]
+Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, rewind or module:function.")]
+Optimizer = Annotated[str, typer.Option(help="sgd, or module:function such as torch.optim:AdamW.")]
+Accumulate = Annotated[int, typer.Option(metavar="N", help="Batches that make one step.")]
+Ema = Annotated[float | None, typer.Option(metavar="DECAY", help="Average the weights, such as by 0.999.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="Softens what the dense model teaches.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where a stopped fine-tuning is kept; run again, it goes on.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -134,31 +157,25 @@ def prune(
     data: Data = None,
     input: Input = None,
     pattern: Pattern = "channel",
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="sparsity=90%, params=50%, macs=50%, size=10MB, latency=50%, latency=5ms or threshold=1e-3. "
-            "Patterns such as 2:4 need none."
-        ),
-    ] = None,
+    budget: Budget = None,
     criterion: Criterion = None,
     allocate: Annotated[str, typer.Option(help="global, uniform or module:function.")] = "global",
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB=PART", help="Remove that part there, such as 'layer1.*=30%'; repeatable."),
-    ] = None,
-    minimum: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[GLOB=]N", help="Units that axes keep at least, such as 16, 25% or 'layer1.*=16'."),
-    ] = None,
+    override: Override = None,
+    minimum: Minimum = None,
     tie: Tie = None,
     free_output: FreeOutput = None,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the epochs.")] = 0.01,
     amp: Annotated[bool, typer.Option("--amp", help="Fine-tune in bfloat16 where that is safe.")] = False,
+    schedule: Schedule = "cosine",
+    optimizer: Optimizer = "sgd",
+    accumulate: Accumulate = 1,
+    ema: Ema = None,
+    temperature: Temperature = 4.0,
+    checkpoint: Checkpoint = None,
     verify: Annotated[bool, typer.Option(help="Check that removing equals zeroing.")] = True,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: Json = False,
@@ -166,6 +183,8 @@ def prune(
     """Prune a model to a budget, recover it, and write the model with its report."""
     import secateur as sc
 
+    recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
+    recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
     net, example, task = _load(model, None, input, data)
     result = sc.prune(
         net,
@@ -181,6 +200,7 @@ def prune(
         epochs=epochs,
         lr=lr,
         amp=amp,
+        recovery=recovery,
         verify=verify,
         seed=seed,
         source=model,

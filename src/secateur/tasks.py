@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import sqrt
@@ -44,6 +44,34 @@ class Task(Protocol):
         """One score per example, larger is better; for classification 1.0 where right and 0.0 where wrong."""
 
 
+class Pass(Sequence[tuple[Any, Any]]):
+    """One pass over a split: ``batch(i)`` for i below ``length``, made when it is asked for.
+
+    It knows its length, and a run that goes on in the middle of it does not make the batches before.
+    """
+
+    def __init__(self, length: int, batch: Callable[[int], tuple[Any, Any]]) -> None:
+        self.length, self.batch = length, batch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < self.length:
+            raise IndexError(i)
+        return self.batch(i)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        # Sequence's own would take an IndexError inside ``batch`` for the end.
+        return map(self.batch, range(self.length))
+
+
+def check_split(split: str) -> None:
+    """Raise DataError for a split that no task has."""
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown, expected one of {', '.join(SPLITS)}")
+
+
 @dataclass(frozen=True, eq=False)
 class Classification:
     """Classification of examples held in memory, each split a pair ``(x, y)``.
@@ -72,20 +100,21 @@ class Classification:
                     f"expected one class index for each of the {len(x)} examples"
                 )
 
-    def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        if split not in SPLITS:
-            raise DataError(f"split {split!r} is unknown, expected one of {', '.join(SPLITS)}")
+    def batches(self, split: str) -> Pass:
+        check_split(split)
         x, y = self._examples(split)
         size = max(1, min(self.batch_size, len(x)))
         if split != "train":
-            for start in range(0, len(x), size):
-                yield x[start : start + size], y[start : start + size]
-            return
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        order = torch.randperm(len(x), generator=generator)
-        for start in range(0, len(x) - size + 1, size):
-            rows = order[start : start + size]
-            yield (self.augment(x[rows], generator) if self.augment else x[rows]), y[rows]
+            return Pass(-(-len(x) // size), lambda i: (x[i * size : (i + 1) * size], y[i * size : (i + 1) * size]))
+        seed = int(torch.randint(2**62, ()))
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+
+        def batch(i: int) -> tuple[Tensor, Tensor]:
+            rows = order[i * size : (i + 1) * size]
+            augmented = self.augment(x[rows], torch.Generator().manual_seed(seed + 1 + i)) if self.augment else x[rows]
+            return augmented, y[rows]
+
+        return Pass(len(x) // size, batch)
 
     def _examples(self, split: str) -> tuple[Tensor, Tensor]:
         if split == "calibration" and self.calibration is None:
@@ -147,12 +176,17 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors, however nested, on ``device``."""
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+
+
 def batches(task: Task, split: str, model: nn.Module) -> Iterator[tuple[Any, Any]]:
     """The task's batches on the model's device. Raises DataError where the split has none."""
     device = device_of(model)
     batch = None
     for batch in task.batches(split):
-        inputs, targets = tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+        inputs, targets = to_device(batch, device)
         yield inputs, targets
     if batch is None:
         raise DataError(f"the {split} split has no batches; give it at least one example")

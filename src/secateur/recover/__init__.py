@@ -1,7 +1,10 @@
 """Giving a pruned model its accuracy back: recalibrated norms, fine-tuning, distillation."""
 
 from secateur.recover.distill import distillation_loss
-from secateur.recover.finetune import Epoch, recover
+from secateur.recover.finetune import recover
+from secateur.recover.options import Recovery
 from secateur.recover.recalibrate import recalibrate_
+from secateur.recover.run import Epoch
+from secateur.recover.schedules import Schedule, rewind
 
-__all__ = ["Epoch", "distillation_loss", "recalibrate_", "recover"]
+__all__ = ["Epoch", "Recovery", "Schedule", "distillation_loss", "recalibrate_", "recover", "rewind"]

@@ -1,165 +1,208 @@
-"""Fine-tuning after pruning."""
+"""Fine-tuning after pruning: any loop's epochs, but masked, taught, and able to go on where it was stopped."""
 
 from __future__ import annotations
 
-import copy
-import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.apply.mask import keep_zeros
 from secateur.errors import DataError
 from secateur.plan import Plan
-from secateur.progress import track
-from secateur.recover.distill import distillation_loss
-from secateur.tasks import Task, batches, call, clone, device_of, evaluate, mode
+from secateur.progress import note, track
+from secateur.recover import checkpoint
+from secateur.recover.options import Recovery
+from secateur.recover.randomness import restore, seed_all, untouched
+from secateur.recover.run import Epoch, Run, put_, snapshot
+from secateur.tasks import Task, clone, device_of, mode
 
-WARMUP = 0.05
-"""Part of the steps over which the learning rate rises: momentum starts from nothing."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training data: mean training loss, then the mean validation score it led to.
-
-    ``seconds`` counts training and validation, ``lr`` is the rate of the last step.
-    """
-
-    loss: float
-    validation: float
-    seconds: float
-    lr: float
+_END = object()
 
 
 def recover(
-    model: nn.Module,
-    task: Task,
-    *,
-    epochs: int = 2,
-    lr: float = 0.01,
-    plan: Plan | None = None,
-    teacher: nn.Module | None = None,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
-    patience: int | None = None,
-    amp: bool = False,
-    seed: int = 0,
+    model: nn.Module, task: Task, *, plan: Plan | None = None, teacher: nn.Module | None = None, **options: Any
 ) -> tuple[nn.Module, tuple[Epoch, ...]]:
     """Fine-tune a copy of ``model`` on the task's training split; returns it and its history.
 
-    SGD with Nesterov momentum 0.9, no weight decay, the rate rising over the first 5 % of the steps
-    and falling to zero along a cosine. The default rate is high on purpose: the usual 0.001 costs a
-    pruned network accuracy (Le and Hua 2021).
-
     plan: its masked weights stay zero. A plan of channels asks for nothing: they are gone.
-    teacher: the loss becomes ``alpha`` · distillation + (1 - ``alpha``) · task loss, against the
+    teacher: the loss becomes ``alpha`` · distillation at ``temperature`` + (1 - ``alpha``) · task loss, against the
         teacher's outputs in evaluation mode (see ``distillation_loss``).
-    patience: stop after that many epochs in a row without a better validation score.
-    amp: compute in bfloat16 where autocast finds it safe.
-    seed: of shuffling, augmentation and dropout; the caller's random state stays as it was.
+    options: the fields of ``Recovery``: epochs, lr, schedule, optimizer, accumulate, clip, ema, temperature, alpha,
+        patience, amp, seed, checkpoint, every.
 
-    The returned weights are those of the best validation score, the given ones included: recovery
-    does not make a model worse there. Raises DataError for a loss that is NaN or infinite, an empty
-    split, or a model without trainable parameters.
+    The returned weights are those of the best validation score, the given ones included: recovery does not make a
+    model worse there. The caller's random states stay as they were.
+
+    With ``checkpoint`` a run that was stopped, at whatever moment, goes on where it was when called again with the
+    same arguments, and gives the same weights as one that was not: bit by bit on a CPU, on a GPU as far as its kernels
+    repeat themselves. For that the batches of a task must follow from the global random states of torch, NumPy and
+    Python, which is checked at the beginning. A run that had finished returns at once.
+
+    Raises SpecError for an option out of range. Raises DataError for a loss that is NaN or infinite, an empty split,
+    a model without trainable parameters, a teacher with other outputs, and for the checkpoint of another run.
     """
+    how = Recovery(**options)
     student = clone(model)
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise DataError("the model has no trainable parameters; set requires_grad on those to fine-tune")
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
-    device = device_of(student)
-
-    def loss_of(inputs: Any, targets: Any) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            output = call(student, inputs)
-            loss = task.loss(output, targets)
-            if teacher is None:
-                return loss
-            with torch.no_grad():
-                told = call(teacher, inputs)
-            return alpha * distillation_loss(output, told, temperature) + (1 - alpha) * loss
-
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(seed)
+        stack.enter_context(untouched(device_of(student)))
+        seed_all(how.seed)
+        optimizer = how.factory()(parameters, lr=how.lr)
         if teacher is not None:
             stack.enter_context(mode(teacher, training=False))
-        if plan is not None and plan.masks:
+        masks = plan.masks if plan is not None else {}
+        if plan is not None and masks:
             stack.enter_context(keep_zeros(student, plan, optimizer))
-        return student, _train(student, task, optimizer, loss_of, epochs, lr, patience)
+        run = Run(student, task, how, optimizer, teacher, masks)
+        _train(run, None if how.checkpoint is None else _Keeper(run, Path(how.checkpoint)))
+        return student, tuple(run.at.history)
 
 
-def _train(
-    student: nn.Module,
-    task: Task,
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[Any, Any], Tensor],
-    epochs: int,
-    lr: float,
-    patience: int | None,
-) -> tuple[Epoch, ...]:
-    """Train ``student`` in place and leave it with the weights of its best validation score."""
-    per_epoch = _count(task.batches("train"))
-    best, stale = _validate(student, task), 0
-    weights = copy.deepcopy(student.state_dict())
-    history: list[Epoch] = []
-    for epoch in track(range(epochs), "Fine-tuning"):
-        start = time.perf_counter()
-        losses: list[float] = []
-        with mode(student, training=True):
-            for inputs, targets in track(batches(task, "train", student), "Epoch", per_epoch):
-                rate = lr * _rate(epoch * per_epoch + len(losses), epochs * per_epoch)
-                losses.append(_step(optimizer, rate, loss_of, inputs, targets))
-        score = _validate(student, task)
-        history.append(Epoch(sum(losses) / len(losses), score, time.perf_counter() - start, rate))
-        if score > best:
-            best, stale = score, 0
-            weights = copy.deepcopy(student.state_dict())
-        else:
-            stale += 1
-        if stale == patience:
+@dataclass(eq=False)
+class _Keeper:
+    """The checkpoint of a run."""
+
+    run: Run
+    folder: Path
+    about: dict[str, Any] = field(init=False)
+    written: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.about, self.written = _about(self.run), time.monotonic()
+
+    def load(self) -> bool:
+        """Bring the run to where it was; False where it has not been anywhere yet."""
+        state = checkpoint.read(self.folder, self.about)
+        if state is not None:
+            self.run.load(state)
+        return state is not None
+
+    def save(self) -> None:
+        checkpoint.write(self.folder, self.about, self.run.state())
+        self.written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.written >= self.run.how.every
+
+
+def _train(run: Run, keeper: _Keeper | None) -> None:
+    """Train the student in place, and leave it with the weights of its best validation score."""
+    at, what = run.at, "Fine-tuning"
+    if keeper is not None and keeper.load():
+        what = f"Fine-tuning, continued in epoch {at.epoch + 1}"
+    else:
+        at.batches = _count(run)
+        run.validate()
+    for _ in track(range(at.epoch, 0 if at.finished else run.how.epochs), what):
+        _epoch(run, keeper)
+        if keeper is not None:
+            keeper.save()
+        if at.finished:
             break
-    student.load_state_dict(weights)
-    optimizer.zero_grad()
-    return tuple(history)
+    put_(run.student, run.best)
+    run.optimizer.zero_grad()
 
 
-def _step(
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    loss_of: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss = loss_of(inputs, targets)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise DataError(f"the training loss became {value}; lower lr (now {rate:.3g}) or check the data")
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return value
+def _epoch(run: Run, keeper: _Keeper | None) -> None:
+    """What is left of the running epoch, and its validation."""
+    at, how = run.at, run.how
+    began = time.perf_counter() - at.seconds
+    steps = -(-(at.batches - at.batch) // how.accumulate)
+    with mode(run.student, training=True):
+        for group in track(_groups(run), f"Epoch {at.epoch + 1}", steps):
+            run.step(group)
+            at.seconds = time.perf_counter() - began
+            if keeper is not None and keeper.due:
+                keeper.save()
+    if not at.batch:
+        raise DataError("the train split has no batches; give it at least one example")
+    score, better = run.validate()
+    epoch = Epoch(at.loss / at.batch, score, time.perf_counter() - began, at.rate)
+    at.end_epoch(epoch, better)
+    at.finished = at.epoch == how.epochs or at.stale == how.patience
+    best = ", the best so far" if better else ""
+    note(f"epoch {at.epoch} of {how.epochs}: loss {epoch.loss:.4f}, validation score {score:.4f}{best}")
 
 
-def _rate(step: int, steps: int) -> float:
-    """The factor on the learning rate: a linear rise, then half a cosine down to zero."""
-    warm = max(1, round(WARMUP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+def _groups(run: Run) -> Iterator[list[Any]]:
+    """The rest of this epoch's batches, ``accumulate`` at a time.
+
+    The pass is opened as it was at the epoch's beginning, so that its order is the same. Batches that are done are
+    drawn again and left, except from a Sequence, which makes only those that it is asked for.
+    """
+    done, now = run.at.batch, run.data.state
+    if done:
+        run.data.state = run.data_start
+    else:
+        run.data_start = now
+    with run.data.drawing():
+        batches = run.task.batches("train")
+        source: Iterator[Any]
+        if isinstance(batches, Sequence):
+            skipped, source = 0, (batches[i] for i in range(done, len(batches)))
+        else:
+            skipped, source = done, iter(batches)
+    for _ in track(range(skipped), "Skipping batches that are done"):
+        if _draw(run, source) is _END:
+            raise DataError(f"the train split gave fewer batches than the {done} that the checkpoint has done")
+    run.data.state = now if done else run.data.state
+    while group := [b for _ in range(run.how.accumulate) if (b := _draw(run, source)) is not _END]:
+        yield group
 
 
-def _validate(model: nn.Module, task: Task) -> float:
-    return float(evaluate(model, task, "validation").mean())
+def _draw(run: Run, source: Iterator[Any]) -> Any:
+    with run.data.drawing():
+        return next(source, _END)
 
 
-def _count(passes: Iterable[Any]) -> int:
-    return len(passes) if isinstance(passes, Sized) else sum(1 for _ in passes)
+def _count(run: Run) -> int:
+    """Batches of a training pass; counted where it does not know its length."""
+    with untouched(run.device):
+        restore(run.data.state, run.device)
+        batches = run.task.batches("train")
+        return len(batches) if isinstance(batches, Sized) else sum(1 for _ in track(batches, "Counting batches"))
+
+
+# --- what a checkpoint is of ------------------------------------------------------------------------
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """What tells this run from others, as JSON; digests stand for tensors.
+
+    Raises DataError where the first training batch is another one when drawn again.
+    """
+    train = _first(run, "train")
+    if _first(run, "train") != train:
+        raise DataError(
+            f"{_kind(run.task)} gives other training batches each time, so that a stopped run could not be continued; "
+            "draw whatever is random in it from torch's, NumPy's or Python's global random state, or use no checkpoint"
+        )
+    trained = [name for name, p in run.student.named_parameters() if p.requires_grad]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
+    return {
+        **run.how.identity(),
+        "optimizer": f"{_kind(run.optimizer)} {groups}",
+        "model": f"{_kind(run.student)} {checkpoint.digest([trained, list(snapshot(run.student).items())])}",
+        "teacher": run.teacher and f"{_kind(run.teacher)} {checkpoint.digest(list(snapshot(run.teacher).items()))}",
+        "plan": checkpoint.digest([v for _, v in sorted(run.masks.items())]),
+        "task": _kind(run.task),
+        "data": f"{train} {_first(run, 'validation')}",
+    }
+
+
+def _first(run: Run, split: str) -> str:
+    with untouched(run.device):
+        restore(run.data.state, run.device)
+        return checkpoint.digest(next(iter(run.task.batches(split)), None))
+
+
+def _kind(value: object) -> str:
+    return type(value).__qualname__

@@ -1,4 +1,4 @@
-"""The README's numbers are those of the newest results."""
+"""The pages' numbers are those of the newest results."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_readme_shows_the_newest_results() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tables.fill(text) == text, "run: python benchmarks/tables.py"
+@pytest.mark.parametrize("page", tables.pages(), ids=lambda page: page.name)
+def test_pages_show_the_newest_results(page: Path) -> None:
+    assert tables.filled(page) == page.read_text(encoding="utf-8"), "run: python benchmarks/tables.py"
 
 
 def test_a_table_is_written_between_its_markers(results: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from importlib import metadata
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur import patterns
-from secateur.allocate import Allocation, Counts, Strategy, Uniform, best, climb, together
+from secateur.allocate import Allocation, Counts, Ladder, Strategy, Uniform, best, climb, together
 from secateur.allocate import resolve as resolve_strategy
 from secateur.budget import Budget, kept_count
 from secateur.budget import parse as parse_budget
-from secateur.criteria import Criterion, each_score, pool_units, score
+from secateur.criteria import Criterion, maskable, relative, score, units_of
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph.graph import Graph
 from secateur.graph.types import Axis, Cost, Flags
@@ -76,19 +76,35 @@ def make(
     if isinstance(shape, Channel):
         if wish is None:
             raise SpecError("pattern 'channel' needs a budget, such as macs=50%")
-        limits = (ignored, fixed, _least(minimum, graph.axes), together.known(equal, [a.name for a in graph.axes]))
-        units = each_score(model, graph, criterion, task, seed)
-        return _channels(graph, shape, wish, units, strategy, *limits, described)
+        limits = (fixed, _least(minimum, graph.axes), together.known(equal, [a.name for a in graph.axes]))
+        units = units_of(model, graph, shape, criterion, task, ignored, seed)
+        if not units:
+            reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
+            raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
+        ladder = _ladder(strategy, graph, units, relative=relative(criterion))
+        return _channels(graph, shape, wish, units, ladder, *limits, described)
     if minimum != 1 or equal:
         given = f"minimum={minimum!r}" if minimum != 1 else f"equal={equal!r}"
         raise SpecError(f"{given} counts units, which pattern {pattern!r} does not remove; leave it out")
-    names = [n for n, w in graph.weights.items() if n not in ignored and not patterns.why_not(shape, w)]
-    if not names:
-        raise SpecError(f"pattern {pattern!r} applies to none of the {len(graph.weights)} weights; choose another")
+    names = maskable(graph, shape, ignored)
     if absent := [n for n in names if model.get_parameter(n).is_meta]:
         raise SpecError(f"pattern {pattern!r} chooses single weights, and {absent[0]!r} has no values (device meta)")
-    scores = score(model, graph, criterion, task, seed, names)
-    return _masks(graph, shape, wish, scores, strategy, fixed, described)
+    if isinstance(shape, NM):
+        return _groups(graph, shape, wish, score(model, graph, criterion, task, seed, names), fixed, described)
+    if wish is None:
+        raise SpecError(f"pattern {shape} needs a budget, such as sparsity=90%")
+    return _masks(
+        graph, shape, wish, units_of(model, graph, shape, criterion, task, ignored, seed), strategy, fixed, described
+    )
+
+
+def _ladder(strategy: Strategy, graph: Graph, units: Mapping[str, Tensor], *, relative: bool = False) -> Ladder:
+    """The strategy's ladder, given what it asks for."""
+    if "shapes" not in getattr(strategy, "needs", ()):
+        return strategy(units, relative)
+    members = {a.name: {m.tensor for m in a.members} & graph.weights.keys() for a in graph.axes}
+    shapes = {place: [graph.weights[n].shape for n in sorted(members.get(place, {place}))] for place in units}
+    return strategy(units, relative, shapes=shapes)
 
 
 Described = tuple[str, str, dict[str, str | int]]
@@ -112,32 +128,38 @@ def describe(
 # --- masks -----------------------------------------------------------------------------------------
 
 
+def _groups(
+    graph: Graph,
+    pattern: NM,
+    wish: Budget | None,
+    scores: Mapping[str, Tensor],
+    overrides: Mapping[str, float],
+    described: Described,
+) -> Plan:
+    """N:M fixes what it keeps; the groups are chosen weight by weight."""
+    if overrides:
+        raise SpecError(f"pattern {pattern} fixes its own sparsity; overrides cannot change it, use ignore")
+    _require_nm(pattern, wish)
+    masks = {n: patterns.nm_mask(pattern, s, graph.weights[n]) for n, s in scores.items()}
+    kept = {n: int(m.sum()) for n, m in masks.items()}
+    return assemble(graph, described, Allocation(kept, {n: m.numel() for n, m in masks.items()}), masks=masks)
+
+
 def _masks(
     graph: Graph,
     pattern: Pattern,
-    wish: Budget | None,
-    scores: dict[str, Tensor],
+    wish: Budget,
+    units: Mapping[str, Tensor],
     strategy: Strategy,
     overrides: Mapping[str, float],
     described: Described,
 ) -> Plan:
-    weights = graph.weights
-    if isinstance(pattern, NM):
-        if overrides:
-            raise SpecError(f"pattern {pattern} fixes its own sparsity; overrides cannot change it, use ignore")
-        _require_nm(pattern, wish)
-        masks = {n: patterns.nm_mask(pattern, s, weights[n]) for n, s in scores.items()}
-        kept = {n: int(m.sum()) for n, m in masks.items()}
-        return assemble(graph, described, Allocation(kept, {n: weights[n].numel for n in masks}), masks=masks)
-    if wish is None:
-        raise SpecError(f"pattern {pattern} needs a budget, such as sparsity=90%")
-    units = {n: patterns.pool(pattern, scores.pop(n), weights[n]) for n in list(scores)}
     total = {n: u.numel() for n, u in units.items()}
     if wish.kind == "threshold":
         kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()} | _fixed(overrides, total)
     else:
         kept = _allocate_masks(graph, pattern, wish, units, total, strategy, overrides)
-    masks = {n: patterns.spread(pattern, best(u, kept[n]), weights[n]) for n, u in units.items()}
+    masks = {n: patterns.spread(pattern, best(u, kept[n]), graph.weights[n]) for n, u in units.items()}
     return assemble(graph, described, Allocation(kept, total), masks=masks)
 
 
@@ -179,7 +201,7 @@ def _allocate_masks(
     def shaped(counts: Counts) -> dict[str, int]:
         return {n: fixed.get(n, count) for n, count in counts.items()}
 
-    ladder = strategy(units)
+    ladder = _ladder(strategy, graph, units)
     if size == 1 and not fixed and wish.kind in ("sparsity", "params"):
         exact = ladder.kept(min(ladder.rungs, max(0, round(everything - limit))))
         if cost(exact) == limit:  # rungs usually count single weights, so this one is known without a search
@@ -206,19 +228,13 @@ def _channels(
     graph: Graph,
     pattern: Channel,
     wish: Budget,
-    scores: Iterable[tuple[str, Tensor]],
-    strategy: Strategy,
-    ignored: set[str],
+    pooled: Mapping[str, Tensor],
+    ladder: Ladder,
     overrides: Mapping[str, float],
     least: Mapping[str, int],
     groups: Sequence[Sequence[str]],
     described: Described,
 ) -> Plan:
-    free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
-    pooled = pool_units(free, scores)
-    if not pooled:
-        reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
-        raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
     total = {name: len(s) for name, s in pooled.items()}
     fixed = {n: _rounded(max(k, least[n]), total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
     order = {name: s.argsort(descending=True, stable=True).numpy() for name, s in pooled.items()}
@@ -246,7 +262,6 @@ def _channels(
         measure = measure_of(wish)
         everything = measure(graph.cost())
         limit = limit_of(wish, everything)
-        ladder = strategy(pooled, relative=True)
         found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
         if found is None:
             smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))

@@ -2,6 +2,7 @@
 
 A strategy takes ``{place: unit scores}`` and gives a ladder: ``rungs``, and ``kept(rung) -> {place: units}`` that
 never grows from one rung to the next; rung 0 keeps everything. Any callable of that form is a strategy.
+One whose attribute ``needs`` holds "shapes" is given ``shapes=``, the shapes of the weights of each place.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from torch import Tensor
-
 from secateur.allocate.allocation import Allocation
+from secateur.allocate.erk import ErdosRenyi
 from secateur.allocate.globally import Global
 from secateur.allocate.kth import best, kth_smallest
+from secateur.allocate.sensitivity import Curve, Sensitivity
 from secateur.allocate.uniform import Uniform
 from secateur.recipe import choose
 
@@ -26,14 +27,16 @@ class Ladder(Protocol):
     def kept(self, rung: int) -> dict[str, int]: ...
 
 
-class Strategy(Protocol):
-    """``strategy(scores, relative)``: flat unit scores per place; ``relative`` where their scales differ by place."""
-
-    def __call__(self, scores: Mapping[str, Tensor], relative: bool = False) -> Ladder: ...
-
+Strategy = Callable[..., Ladder]
+"""``strategy(scores, relative)``: flat unit scores per place; ``relative`` where their scales differ by place."""
 
 Counts = Mapping[str, int]
-STRATEGIES: dict[str, Strategy] = {"global": Global, "uniform": Uniform}
+STRATEGIES: dict[str, Strategy] = {
+    "global": Global,
+    "uniform": Uniform,
+    "erk": ErdosRenyi,
+    "sensitivity": Sensitivity(),
+}
 
 
 def resolve(strategy: str | Strategy) -> Strategy:
@@ -63,4 +66,16 @@ def climb(
     return found
 
 
-__all__ = ["Allocation", "Counts", "Ladder", "Strategy", "Uniform", "best", "climb", "kth_smallest", "resolve"]
+__all__ = [
+    "Allocation",
+    "Counts",
+    "Curve",
+    "Ladder",
+    "Sensitivity",
+    "Strategy",
+    "Uniform",
+    "best",
+    "climb",
+    "kth_smallest",
+    "resolve",
+]

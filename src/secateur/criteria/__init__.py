@@ -13,7 +13,8 @@ from secateur.criteria.by_data import activation, apoz, block_fisher, fisher, ob
 from secateur.criteria.by_weights import bn_scale, fpgm, l2, lamp, magnitude, random
 from secateur.criteria.form import Criterion, needs, pooled
 from secateur.criteria.pooling import pool_units
-from secateur.criteria.scoring import BUILT_IN, each_score, resolve, score
+from secateur.criteria.scoring import BUILT_IN, each_score, pooling, relative, resolve, score
+from secateur.criteria.units import maskable, units_of
 
 __all__ = [
     "BUILT_IN",
@@ -28,12 +29,16 @@ __all__ = [
     "l2",
     "lamp",
     "magnitude",
+    "maskable",
     "needs",
     "obd",
     "pool_units",
     "pooled",
+    "pooling",
     "random",
+    "relative",
     "resolve",
     "score",
     "taylor",
+    "units_of",
 ]

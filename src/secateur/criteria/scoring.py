@@ -28,6 +28,19 @@ def resolve(criterion: str | Criterion) -> Criterion:
     return found
 
 
+def pooling(criterion: str | Criterion) -> str:
+    """How the criterion's scores become those of units: "mean", "sum" or "outputs" (see ``pool_units``)."""
+    return str(getattr(resolve(criterion), "pooled", "mean"))
+
+
+def relative(criterion: str | Criterion) -> bool:
+    """Whether units of different axes compare only once scores are divided by their axis's mean.
+
+    Sums are losses, which compare as they are.
+    """
+    return pooling(criterion) != "sum"
+
+
 def score(
     model: nn.Module,
     graph: Graph,

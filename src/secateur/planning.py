@@ -57,15 +57,7 @@ def make(
     budget that cannot be met, DataError for weights or scores that are not finite.
     """
     model = plain(model)
-    shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
-    if wish is not None and wish.kind == "max_drop":
-        raise SpecError(
-            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
-        )
-    if wish is not None and wish.kind == "macs" and graph.program.hidden:
-        raise BudgetError(f"{wish} cannot be counted: {graph.program.hidden[0]}; use a budget of params or size")
-    if isinstance(shape, Layer | Both):
-        raise SpecError(f"pattern {pattern!r} removes blocks, which secateur.depth.make plans")
+    shape, wish = _read(pattern, budget, graph)
     strategy = resolve_strategy(allocate)
     ignored = chosen(ignore, [*graph.weights, *(a.name for a in graph.axes)], model, "ignore")
     fixed = dict(overrides or {})
@@ -96,6 +88,20 @@ def make(
     return _masks(
         graph, shape, wish, units_of(model, graph, shape, criterion, task, ignored, seed), strategy, fixed, described
     )
+
+
+def _read(pattern: str, budget: str | None, graph: Graph) -> tuple[Pattern, Budget | None]:
+    """Pattern and budget, where plans of this module can be about them."""
+    shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
+    if wish is not None and wish.kind == "max_drop":
+        raise SpecError(
+            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
+        )
+    if wish is not None and wish.kind == "macs" and graph.program.hidden:
+        raise BudgetError(f"{wish} cannot be counted: {graph.program.hidden[0]}; use a budget of params or size")
+    if isinstance(shape, Layer | Both):
+        raise SpecError(f"pattern {pattern!r} removes blocks, which secateur.depth.make plans")
+    return shape, wish
 
 
 def _ladder(strategy: Strategy, graph: Graph, units: Mapping[str, Tensor], *, relative: bool = False) -> Ladder:

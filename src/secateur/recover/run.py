@@ -206,7 +206,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _examples(batch: Any) -> int:
-    """How many examples a batch has: the length of its targets, else of its inputs."""
-    inputs, targets = batch
-    sizes = [len(leaf) for leaf in tree_leaves((targets, inputs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    """How many examples a batch has: the length of the first tensor of its inputs, else of its targets."""
+    sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     return max(1, sizes[0]) if sizes else 1

@@ -33,7 +33,7 @@ from secateur.recover import Recovery, recalibrate_, recover
 from secateur.report import Frozen, Layer, Report, Row
 from secateur.store import Result
 from secateur.targets.onnx import export_onnx
-from secateur.tasks import Interval, Scores, Task, batches, evaluate, paired_difference, plain, proportion
+from secateur.tasks import Interval, Scores, Task, batches, judge, paired_difference, plain, proportion
 
 SECONDS = 2.0
 """How long a pair of models is timed."""
@@ -252,15 +252,16 @@ class _Log:
 
     def stage(self, name: str, model: nn.Module, costs: Measurement | None = None) -> None:
         """One row: what the model is now, and how well it does on the test split."""
-        accuracy = drop = None
+        accuracy, drop, metrics = None, None, {}
         if self.task is not None:
-            scores = evaluate(model, self.task, "test")
+            scores, metrics = judge(model, self.task, "test")
             accuracy = proportion(scores)
             if self.before is None:
                 self.before = scores
             else:
                 drop = paired_difference(self.before, scores)
-        self.rows.append(_row(name, costs or self.costs, model, accuracy, drop))
+        row = _row(name, costs or self.costs, model, accuracy, drop)
+        self.rows.append(replace(row, metrics=metrics))
 
     def report(self, small: nn.Module) -> Report:
         kind = type(self.dense).__name__

@@ -328,9 +328,10 @@ def _measured(
     """A row for each model, and how their times compare."""
     from secateur.measure import measure
     from secateur.report import Row
-    from secateur.tasks import evaluate, paired_difference, proportion
+    from secateur.tasks import judge, paired_difference, proportion
 
-    scores = {name: evaluate(net, task, "test") for name, net in models.items()} if task else {}
+    judged = {name: judge(net, task, "test") for name, net in models.items()} if task else {}
+    scores = {name: found for name, (found, _) in judged.items()}
     first, rows, notes = next(iter(models)), [], []
     for name, net in models.items():
         found = measure(net, inputs, {n: m for n, m in models.items() if n != name}, seconds / len(models))
@@ -345,6 +346,7 @@ def _measured(
                 drop=paired_difference(scores[first], scores[name]) if task and name != first else None,
                 latency=found.latency.spread,
                 memory=found.memory,
+                metrics=judged[name][1] if task else {},
             )
         )
         if name != first:

@@ -24,7 +24,8 @@ class Row:
 
     ``accuracy`` is the mean score with its 95 % interval, ``drop`` how much lower than the first
     row's it is (paired, so positive is worse), ``latency`` the median with the 10th and 90th
-    percentile in milliseconds, ``bytes`` the size on disk, ``memory`` the peak in bytes.
+    percentile in milliseconds, ``bytes`` the size on disk, ``memory`` the peak in bytes, ``metrics`` what the
+    task's ``summary`` says of the whole split.
     """
 
     stage: str
@@ -36,6 +37,7 @@ class Row:
     drop: Interval | None = None
     latency: Interval | None = None
     memory: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _read(arguments[0], value, where)
     if is_dataclass(kind) and isinstance(value, dict):
         hints, build = get_type_hints(kind), cast(Any, kind)
+        if kind is Row:
+            value = {"metrics": {}, **value}  # rows of before there were any
         if odd := set(value) ^ set(hints):
             raise DataError(f"{where} lacks, or does not know: {', '.join(sorted(odd))}")
         return build(**{name: _read(hints[name], item, f"{where}.{name}") for name, item in value.items()})
@@ -110,7 +114,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return Interval(*(_read(float, v, where) for v in value))
     if origin is tuple and isinstance(value, list):
         return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping and isinstance(value, dict) and all(type(v) in (str, int) for v in value.values()):
+    if origin is Mapping and isinstance(value, dict) and all(type(v) in (str, int, float) for v in value.values()):
         return value
     if kind is float and type(value) is int:
         return float(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from importlib import resources
 from string import Template
@@ -177,12 +178,24 @@ def _tiles(report: Report) -> Iterator[str]:
     score, drop = _last(report, "accuracy"), _last(report, "drop")
     if score is not None:
         yield _tile("Score", _score(score.value), _drop(drop) if drop is not None else "")
+    for name in metrics(report):
+        before, *_, after = [_metric(name, row) for row in report.rows if name in row.metrics] * 2
+        yield _tile(escape(name), after, f"was {before}")
     for change in _changes(report):
         yield _tile(change.label, change.form(change.after), f"was {change.form(change.before)}, {change.words}")
 
 
 def _tile(label: str, value: str, note: str) -> str:
     return f'<div class="tile"><span>{label}</span><strong>{value}</strong><small>{note}</small></div>'
+
+
+def metrics(report: Report) -> list[str]:
+    """Names of the task's own numbers, in the order of their first row."""
+    return list(dict.fromkeys(name for row in report.rows for name in row.metrics))
+
+
+def _metric(name: str, row: Row) -> str:
+    return f"{row.metrics[name]:.4g}" if name in row.metrics else ""
 
 
 def _stages(report: Report) -> str:
@@ -198,6 +211,7 @@ def _stages(report: Report) -> str:
             "Change",
             lambda row: _drop(row.drop, "{} points<small>{} to {}</small>") if row.drop else "",
         ),
+        *((escape(name), partial(_metric, name)) for name in metrics(report)),
         ("Multiply-adds", lambda row: "" if row.macs is None else count(row.macs)),
         ("Parameters", lambda row: count(row.params)),
         ("Nonzero", lambda row: count(row.nonzero)),

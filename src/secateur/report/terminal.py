@@ -14,7 +14,7 @@ from rich.table import Table
 from secateur.graph import Graph
 from secateur.graph.savings import worths
 from secateur.report import Report
-from secateur.report.html import count, duration, size
+from secateur.report.html import count, duration, metrics, size
 
 SHOWN = 5
 """Frozen axes that a summary lists; the report has all."""
@@ -25,12 +25,15 @@ def show(report: Report, folder: Path | None) -> None:
     sparse = any(row.nonzero != row.params for row in report.rows)
     table = Table(title=escape(report.title), title_justify="left")
     table.add_column("", no_wrap=True)
-    for heading in ("accuracy", "nonzero" if sparse else "parameters", "MACs", "file", "latency", "memory"):
+    names = metrics(report)
+    size_of = "nonzero" if sparse else "parameters"
+    for heading in ("accuracy", *map(escape, names), size_of, "MACs", "file", "latency", "memory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
             escape(row.stage),
             f"{row.accuracy.value:.1%}" if row.accuracy else "",
+            *(f"{row.metrics[name]:.4g}" if name in row.metrics else "" for name in names),
             count(row.nonzero if sparse else row.params),
             "" if row.macs is None else count(row.macs),
             size(row.bytes),

@@ -252,7 +252,8 @@ class _Log:
 
     def stage(self, name: str, model: nn.Module, costs: Measurement | None = None) -> None:
         """One row: what the model is now, and how well it does on the test split."""
-        accuracy, drop, metrics = None, None, {}
+        accuracy = drop = None
+        metrics: dict[str, float] = {}
         if self.task is not None:
             scores, metrics = judge(model, self.task, "test")
             accuracy = proportion(scores)

@@ -179,8 +179,8 @@ def _tiles(report: Report) -> Iterator[str]:
     if score is not None:
         yield _tile("Score", _score(score.value), _drop(drop) if drop is not None else "")
     for name in metrics(report):
-        before, *_, after = [_metric(name, row) for row in report.rows if name in row.metrics] * 2
-        yield _tile(escape(name), after, f"was {before}")
+        values = [_metric(name, row) for row in report.rows if name in row.metrics]
+        yield _tile(escape(name), values[-1], f"was {values[0]}")
     for change in _changes(report):
         yield _tile(change.label, change.form(change.after), f"was {change.form(change.before)}, {change.words}")
 

@@ -31,44 +31,24 @@ BUDGET, TOKENS = "params=70%", 16
 SIZES = ("llama-2", "llama-8", "llama-32", "llama-80", "qwen3-36")
 
 
-def llama(layers: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=layers,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).eval()
-
-
-def qwen3(layers: int) -> nn.Module:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        use_cache=False,
-    )
-    return Qwen3ForCausalLM(config).eval()
+def build(size: str) -> nn.Module:
+    """The model named ``size``, such as "llama-8" of 8 layers."""
+    transformers = importlib.import_module("transformers")
+    kind, _, layers = size.partition("-")
+    shared = {"num_hidden_layers": int(layers), "num_key_value_heads": 8, "use_cache": False}
+    if kind == "llama":
+        sizes = {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+        with torch.device("meta"):
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **shared)).eval()
+    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **shared, head_dim=128)).eval()
 
 
 def once(size: str) -> dict[str, Any]:
     """One size in this process: seconds of each step, and the most memory held."""
     common.torchvision()
     analysis = importlib.import_module("secateur.graph.analyze")
-    kind, _, layers = size.partition("-")
-    model = {"llama": llama, "qwen3": qwen3}[kind](int(layers))
+    model = build(size)
     device = next(model.parameters()).device
     inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=device)}
     seconds = {"export": 0.0}

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the newest results.
+"""Write the tables of README.md and docs, between ``<!-- table:NAME -->`` and ``<!-- end -->``, from the results.
 
 python benchmarks/tables.py
 """

@@ -30,8 +30,8 @@ import torch
 import common
 import zoo_models
 from secateur.files import read_json, write_atomic
+from zoo_entry import Entry
 from zoo_law import law_row
-from zoo_models import Entry
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo_models import Entry
+from zoo_entry import Entry
 
 Settings = dict[str, Any]
 
@@ -182,7 +182,8 @@ def _masks(name: str) -> dict[str, torch.Tensor]:
     return {f"{p}attention_mask": torch.ones(2, n, dtype=torch.long) for p, n in (("", 8), ("decoder_", 5))}
 
 
-def _texts() -> list[Entry]:
+def text_models() -> list[Entry]:
+    """Decoders, encoders, then those that are both."""
     found = []
     for kind, table in (("AutoModelForCausalLM", DECODERS), ("AutoModelForMaskedLM", ENCODERS)):
         for name, settings in table.items():
@@ -193,10 +194,3 @@ def _texts() -> list[Entry]:
             Entry("hf", name, lambda n=name, s=settings, i=inputs: (_auto("AutoModelForSeq2SeqLM", n, s), i()))
         )
     return found
-
-
-def hf_models() -> list[Entry]:
-    """Every tiny model: texts, then sounds, images and series."""
-    from zoo_hf_senses import sense_models
-
-    return [*_texts(), *sense_models()]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo_entry import Entry
 from zoo_hf import BART, LLAMA, Settings, _auto, _ids
-from zoo_models import Entry
 
 CLASSES: Settings = {"num_labels": 7}
 VIT: Settings = CLASSES | {

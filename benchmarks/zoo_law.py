@@ -33,7 +33,8 @@ from secateur.graph import analyze
 from secateur.graph.graph import Graph
 from secateur.graph.trace import run
 from secateur.planning import make
-from zoo_models import Entry, build
+from zoo_entry import Entry
+from zoo_models import build
 
 BUDGET = 0.6
 Row = dict[str, Any]

@@ -5,30 +5,15 @@ Every entry builds its model with random weights and example inputs. Nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 import common
-
-Built = tuple[nn.Module, Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One model: which list it belongs to, its name there, and a function that builds it with its inputs."""
-
-    group: str  # "timm", "hf" or "torchvision"
-    name: str
-    build: Callable[[], Built]
-
-    @property
-    def key(self) -> str:
-        return f"{self.group}/{self.name}"
-
+from zoo_entry import Built, Entry
+from zoo_hf import text_models
+from zoo_hf_senses import sense_models
 
 # --- timm ------------------------------------------------------------------------------------------
 
@@ -208,9 +193,7 @@ def torchvision_models() -> list[Entry]:
 
 def entries() -> list[Entry]:
     """Every model of the three lists, in order."""
-    from zoo_hf import hf_models
-
-    return [*timm_models(), *hf_models(), *torchvision_models()]
+    return [*timm_models(), *text_models(), *sense_models(), *torchvision_models()]
 
 
 def build(entry: Entry, seed: int = 0) -> Built:

@@ -38,7 +38,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import common
 from secateur.graph.types import example_args
-from zoo_models import Entry, build
+from zoo_entry import Entry
+from zoo_models import build
 
 BUDGET = 0.6
 WRONG = 1e-3

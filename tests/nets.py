@@ -3,36 +3,10 @@
 from __future__ import annotations
 
 import torch
+from parts import Net, conv, image, tail
+from token_nets import attention, fused_attention, grouped_queries, heads_merged_into_the_batch, tied_linear
 from torch import nn
 from torch.nn import functional as F
-
-
-class Net(nn.Module):
-    """A body given as a function of (self, x); submodules as keyword arguments."""
-
-    def __init__(self, body, **parts):
-        super().__init__()
-        self.body = body
-        for name, part in parts.items():
-            if isinstance(part, torch.Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, *args, **kwargs):
-        return self.body(self, *args, **kwargs)
-
-
-def conv(i, o, k=3, **kwargs):
-    return nn.Conv2d(i, o, k, padding=kwargs.pop("padding", k // 2), **kwargs)
-
-
-def image(c=3, batch=2):
-    return torch.randn(batch, c, 8, 8)
-
-
-def tail(c, n=5):
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n))
 
 
 def plain():
@@ -231,54 +205,6 @@ def shared_module():
     return Net(body, a=conv(3, 8), b=conv(8, 8), norm=nn.BatchNorm2d(8), c=conv(8, 4))
 
 
-def tied_linear():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.emb, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(24, 8)
-            self.head = nn.Linear(8, 20, bias=False)
-            self.head.weight = self.emb.weight
-
-        def forward(self, ids):
-            x = self.emb(ids)
-            return self.head(x + self.down(F.gelu(self.up(x))))
-
-    return Tied()
-
-
-def attention(heads=4, width=6):
-    def body(s, x):
-        b, n, _ = x.shape
-        q, k, v = (p(x).view(b, n, heads, width).transpose(1, 2) for p in (s.q, s.k, s.v))
-        y = F.scaled_dot_product_attention(q, k, v)
-        return s.o(y.transpose(1, 2).reshape(b, n, heads * width))
-
-    e = heads * width
-    return Net(body, q=nn.Linear(8, e), k=nn.Linear(8, e), v=nn.Linear(8, e), o=nn.Linear(e, 8))
-
-
-def fused_attention(heads=4, width=6):
-    def body(s, x):
-        b, n, _ = x.shape
-        q, k, v = s.qkv(x).view(b, n, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-        y = (q @ k.transpose(-2, -1) * 0.4).softmax(-1) @ v
-        return s.o(y.transpose(1, 2).reshape(b, n, -1))
-
-    e = heads * width
-    return Net(body, qkv=nn.Linear(8, 3 * e), o=nn.Linear(e, 8))
-
-
-def grouped_queries():
-    def body(s, x):
-        b, n, _ = x.shape
-        q = s.q(x).view(b, n, 6, 4).transpose(1, 2)
-        k = s.k(x).view(b, n, 2, 4).transpose(1, 2)[:, :, None].expand(b, 2, 3, n, 4).reshape(b, 6, n, 4)
-        v = s.v(x).view(b, n, 2, 4).transpose(1, 2)[:, :, None].expand(b, 2, 3, n, 4).reshape(b, 6, n, 4)
-        return s.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 24))
-
-    return Net(body, q=nn.Linear(8, 24), k=nn.Linear(8, 8), v=nn.Linear(8, 8), o=nn.Linear(24, 8))
-
-
 def parameter_matmul():
     return Net(
         lambda s, x: F.gelu(x @ s.w + s.b) @ s.v,
@@ -349,16 +275,6 @@ def channel_mean_attention():
         return s.b(x * torch.sigmoid(s.gate(pooled)))
 
     return Net(body, a=conv(3, 8), gate=conv(2, 1), b=conv(8, 4))
-
-
-def heads_merged_into_the_batch():
-    def body(s, x):
-        b, n, _ = x.shape
-        q, k, v = s.qkv(x).view(b, n, 3, 4, 6).permute(2, 0, 3, 1, 4).reshape(3, b * 4, n, 6).unbind(0)
-        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
-        return s.o(y.reshape(b, 4, n, 6).transpose(1, 2).flatten(2))
-
-    return Net(body, qkv=nn.Linear(8, 72), o=nn.Linear(24, 8))
 
 
 def stacked():

@@ -47,7 +47,8 @@ Data = Annotated[
     str | None,
     typer.Option(
         metavar="DATA",
-        help="digits, a folder of class folders of images, an .npz, module:factory or file.py:factory.",
+        help="digits, a folder of class folders of images, also below train, val and test; an .npz, a .txt, "
+        "a .tsv of text and label; module:factory or file.py:factory.",
     ),
 ]
 Input = Annotated[
@@ -283,7 +284,8 @@ def _load(model: str, dense: str | None, input: str | None, data: str | None) ->
     saved = Path(model).is_dir()
     net = store.load(model, recipe.load_model(dense) if dense else None) if saved else recipe.load_model(model)
     shape = recipe.example_input(input) if input else None
-    task = datasets.load(data, shape.shape[-1] if shape is not None else None) if data else None
+    named = dense or (store.saved_source(model) if saved else model)
+    task = datasets.load(data, shape.shape[-1] if shape is not None else None, named) if data else None
     if shape is not None:
         return net, shape, task
     if task is not None:

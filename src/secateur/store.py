@@ -142,6 +142,11 @@ def saved_inputs(folder: Path | str) -> Any:
     return _about(Path(folder)).inputs
 
 
+def saved_source(folder: Path | str) -> str:
+    """What names the dense model on the command line; "" where only the user knows. Raises as ``saved_inputs``."""
+    return _about(Path(folder)).source
+
+
 def _dense(folder: Path, saved: About) -> nn.Module:
     if saved.source.startswith(PUBLIC):
         return load_model(saved.source)

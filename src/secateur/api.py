@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from secateur import patterns
-from secateur.allocate import Strategy
+from secateur.allocate import Curve, Strategy, curves_of
 from secateur.apply.mask import mask
 from secateur.apply.shrink import Shrunk, become_, carry_out
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion
-from secateur.depth import make
+from secateur.depth import make, measured
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph import Graph, analyze
 from secateur.graph.trace import run
@@ -75,18 +75,17 @@ def prune(
 
     inputs: example inputs, a Tensor | tuple (positional) | dict (keyword); latency and MACs are taken on them. Or the
         Graph that ``analyze`` made of them, given ties or freed outputs.
-    pattern, budget, criterion, allocate: see the modules of those names; the first two in their notations.
-        The criterion is magnitude by default, for blocks influence.
+    pattern, budget, criterion, allocate: see the modules of those names; the criterion is by default magnitude, for
+        blocks influence.
     task: data, loss and score; with it batch norms are recalibrated, accuracy is measured on the test split, and the
         model is fine-tuned for ``epochs`` with distillation from the dense one.
     recovery: further options of ``recover``, such as {"checkpoint": "folder", "ema": 0.999}; see ``Recovery``.
     ignore: weights, axes and blocks to leave alone: globs, modules, or functions of their names.
-    overrides: glob -> part to remove there.
-    minimum: units that every axis keeps at least, a count or a part; or glob -> such.
+    overrides: glob -> part to remove there. minimum: units that every axis keeps at least, a count or a part; or
+        glob -> such.
     inplace: change ``model`` itself, at the very end, after everything else has succeeded. Without it a model that is
-        compiled or wrapped for several devices gives a plain one.
-    verify: hold a shrunk model to the law that removing is zeroing, on the example inputs.
-    source: where the model comes from, noted for ``save``.
+        compiled or wrapped for several devices gives a plain one. verify: hold a shrunk model to the law that removing
+        is zeroing, on the example inputs. source: where the model comes from, noted for ``save``.
 
     Raises PruneError's children, each saying what was found and what to do; the model is then as it was.
     """
@@ -97,12 +96,13 @@ def prune(
     given, model = model, plain(model)
     graph = inputs if isinstance(inputs, Graph) else analyze(model, inputs)
     _require_values(model)
-    wishes = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate, "task": task}
-    limits = {"ignore": ignore, "overrides": overrides, "minimum": minimum, "seed": seed}
-    chosen, done = _carried_out(model, graph, {**wishes, **limits}, verify)
+    wishes: dict[str, Any] = {"pattern": pattern, "budget": budget, "criterion": criterion, "task": task, "seed": seed}
+    wishes |= {"ignore": ignore, "overrides": overrides, "minimum": minimum}
+    wishes["allocate"] = measured(allocate, model, graph, wishes)
+    chosen, done = _carried_out(model, graph, wishes, verify)
     if inplace and done.form != "module":
         raise PlanError(f"{type(model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
-    log = _Log(model, graph, chosen, done, task)
+    log = _Log(model, graph, chosen, done, task, curves_of(wishes["allocate"]))
     small = _recover(done.model, model, log, task, chosen, epochs, options)
     report = log.report(small)
     if inplace:
@@ -239,6 +239,7 @@ class _Log:
     plan: Plan
     done: Shrunk
     task: Task | None
+    curves: tuple[Curve, ...] = ()
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -274,6 +275,7 @@ class _Log:
             law=self.done.law,
             meta={**self.plan.meta, **_machine(), **self._how()},
             notes=tuple(self._notes()),
+            sensitivity=self.curves,
         )
 
     def _frozen(self) -> Iterable[Frozen]:

@@ -16,7 +16,7 @@ from secateur.allocate import Allocation, Counts, Ladder, Strategy, Uniform, bes
 from secateur.allocate import resolve as resolve_strategy
 from secateur.budget import Budget, kept_count
 from secateur.budget import parse as parse_budget
-from secateur.criteria import Criterion, maskable, relative, score, units_of
+from secateur.criteria import Criterion, gives_losses, maskable, score, units_of
 from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.graph.graph import Graph
 from secateur.graph.types import Axis, Cost, Flags
@@ -73,8 +73,8 @@ def make(
         if not units:
             reasons = "; ".join(sorted({a.frozen for a in graph.axes if a.frozen})[:3])
             raise BudgetError(f"{wish} cannot be met: no axis is free to lose units ({reasons or 'all are ignored'})")
-        ladder = _ladder(strategy, graph, units, relative=relative(criterion))
-        return _channels(graph, shape, wish, units, ladder, *limits, described)
+        losses = gives_losses(criterion)
+        return _channels(graph, shape, wish, units, strategy, losses, *limits, described)
     if minimum != 1 or equal:
         given = f"minimum={minimum!r}" if minimum != 1 else f"equal={equal!r}"
         raise SpecError(f"{given} counts units, which pattern {pattern!r} does not remove; leave it out")
@@ -235,7 +235,8 @@ def _channels(
     pattern: Channel,
     wish: Budget,
     pooled: Mapping[str, Tensor],
-    ladder: Ladder,
+    strategy: Strategy,
+    losses: bool,
     overrides: Mapping[str, float],
     least: Mapping[str, int],
     groups: Sequence[Sequence[str]],
@@ -268,14 +269,23 @@ def _channels(
         measure = measure_of(wish)
         everything = measure(graph.cost())
         limit = limit_of(wish, everything)
+        compared = _per_cost(graph, measure, pooled) if losses else pooled
+        ladder = _ladder(strategy, graph, compared, relative=not losses)
         found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
         if found is None:
             smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
             raise unmet(wish, smallest, everything)
-        best_gone = {n: s[order[n]] / s.mean() for n, s in pooled.items() if n not in fixed}
+        best_gone = {n: s[order[n]] / (1 if losses else s.mean()) for n, s in compared.items() if n not in fixed}
         steps = together.steps([*groups, *together.of_one_size(total)] if isinstance(ladder, Uniform) else groups)
         kept = _give_back(found, best_gone, steps, shaped, lambda c: measure(graph.cost(flags(c))) <= limit)
     return assemble(graph, described, Allocation(kept, total), keep=flags(kept))
+
+
+def _per_cost(graph: Graph, measure: Callable[[Cost], int], losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each unit's loss buys: divided by what the whole model saves with one unit of its axis less."""
+    dense = measure(graph.cost())
+    saved = {n: dense - measure(graph.cost({n: np.arange(len(s)) > 0})) for n, s in losses.items()}
+    return {n: s / max(saved[n], 1) for n, s in losses.items()}
 
 
 def _give_back(

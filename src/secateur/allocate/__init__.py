@@ -14,7 +14,7 @@ from secateur.allocate.allocation import Allocation
 from secateur.allocate.erk import ErdosRenyi
 from secateur.allocate.globally import Global
 from secateur.allocate.kth import best, kth_smallest
-from secateur.allocate.sensitivity import Curve, Sensitivity
+from secateur.allocate.sensitivity import Curve, Sensitivity, curves_of
 from secateur.allocate.uniform import Uniform
 from secateur.recipe import choose
 
@@ -76,6 +76,7 @@ __all__ = [
     "Uniform",
     "best",
     "climb",
+    "curves_of",
     "kth_smallest",
     "resolve",
 ]

@@ -26,8 +26,12 @@ class Curve:
     def fitted(self) -> tuple[float, ...]:
         """The closest rises, in least squares, that never fall and are at least 0 (isotonic regression)."""
         n = len(self.rise)
-        means = [[sum(self.rise[i : j + 1]) / (j + 1 - i) for j in range(n)] for i in range(n)]
-        return tuple(max(0.0, max(min(means[i][k:]) for i in range(k + 1))) for k in range(n))
+
+        def mean(i: int, j: int) -> float:
+            return sum(self.rise[i : j + 1]) / (j + 1 - i)
+
+        lowest = [[min(mean(i, j) for j in range(k, n)) for i in range(k + 1)] for k in range(n)]
+        return tuple(max(0.0, *means) for means in lowest)
 
 
 @dataclass(frozen=True)
@@ -62,3 +66,8 @@ class Sensitivity:
             levels = (level / largest for level in (0.0, *rise, largest))
             paths[place] = ([(1 - _EVEN) * x + _EVEN * part for x, part in zip(levels, parts, strict=True)], parts)
         return Paths({place: s.numel() for place, s in scores.items()}, paths)
+
+
+def curves_of(strategy: object) -> tuple[Curve, ...]:
+    """The curves that a strategy goes by; none where it goes by something else."""
+    return tuple((strategy.curves or {}).values()) if isinstance(strategy, Sensitivity) else ()

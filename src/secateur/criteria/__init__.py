@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from secateur.criteria.by_data import activation, apoz, block_fisher, fisher, obd, taylor
 from secateur.criteria.by_weights import bn_scale, fpgm, l2, lamp, magnitude, random
-from secateur.criteria.form import Criterion, needs, pooled
+from secateur.criteria.form import Criterion, in_loss_units, needs
 from secateur.criteria.pooling import pool_units
-from secateur.criteria.scoring import BUILT_IN, each_score, pooling, relative, resolve, score
+from secateur.criteria.scoring import BUILT_IN, each_score, gives_losses, resolve, score
 from secateur.criteria.units import maskable, units_of
 
 __all__ = [
@@ -26,6 +26,8 @@ __all__ = [
     "each_score",
     "fisher",
     "fpgm",
+    "gives_losses",
+    "in_loss_units",
     "l2",
     "lamp",
     "magnitude",
@@ -33,7 +35,6 @@ __all__ = [
     "needs",
     "obd",
     "pool_units",
-    "pooled",
     "pooling",
     "random",
     "relative",

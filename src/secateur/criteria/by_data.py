@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from secateur.criteria.form import needs, of_outputs
+from secateur.criteria.form import in_loss_units, needs, of_outputs
 from secateur.stats import Stats
 
 
+@in_loss_units
 @needs("grad_abs")
 def taylor(weight: Tensor, stats: Stats) -> Tensor:
     """|w| * mean |dL/dw|: the first-order change of the loss when w goes (Molchanov et al. 2019), taken per batch
@@ -33,6 +34,7 @@ def apoz(weight: Tensor, stats: Stats) -> Tensor:
     return of_outputs(stats["active"], weight, stats)
 
 
+@in_loss_units
 @needs("grad_square")
 def fisher(weight: Tensor, stats: Stats) -> Tensor:
     """w² E[(dL/dw)²] / 2: the second-order rise of the loss, with the diagonal of the empirical Fisher matrix, over
@@ -40,6 +42,7 @@ def fisher(weight: Tensor, stats: Stats) -> Tensor:
     return weight.square() * stats["grad_square"] / 2
 
 
+@in_loss_units
 @needs("fisher_inverse")
 def block_fisher(weight: Tensor, stats: Stats) -> Tensor:
     """w² / (2 [F⁻¹]_qq): the rise of the loss when w goes and the other weights of its block make up for it as well as
@@ -47,12 +50,14 @@ def block_fisher(weight: Tensor, stats: Stats) -> Tensor:
     return weight.square() / (2 * stats["fisher_inverse"])
 
 
-@needs("hessian")
+@in_loss_units
+@needs("curvature")
 def obd(weight: Tensor, stats: Stats) -> Tensor:
-    """w² h / 2 with the diagonal h of the loss's Hessian (LeCun et al. 1990, optimal brain damage).
+    """w² h / 2 with the diagonal h of the Gauss-Newton matrix (LeCun et al. 1990, optimal brain damage).
 
-    h is Hutchinson's estimate, one random probe per calibration batch: unlike Gauss-Newton it asks nothing of the loss,
-    which the task alone knows, and it costs one more derivation however many outputs there are. It is noisy, and
-    negative where the loss is expected to fall.
+    Like LeCun et al., and unlike Hutchinson's estimate of the Hessian itself: that one has the whole matrix for noise,
+    and from the few batches of a calibration split it ranked worse than chance. This one is never negative, needs no
+    second derivative of the model, and where the outputs are piecewise linear in each single weight (networks of ReLU)
+    it is the Hessian's diagonal.
     """
-    return weight.square() * stats["hessian"] / 2
+    return weight.square() * stats["curvature"] / 2

@@ -21,14 +21,10 @@ def needs(*names: str) -> Callable[[Criterion], Criterion]:
     return declare
 
 
-def pooled(how: str) -> Callable[[Criterion], Criterion]:
-    """Declare how scores become those of units: "mean", "sum" or "outputs" (see ``pool_units``); "mean" by default."""
-
-    def declare(criterion: Criterion) -> Criterion:
-        criterion.pooled = how  # type: ignore[attr-defined]
-        return criterion
-
-    return declare
+def in_loss_units(criterion: Criterion) -> Criterion:
+    """Declare that scores are rises of the loss: those of a unit add up, and compare between axes as they are."""
+    criterion.in_loss_units = True  # type: ignore[attr-defined]
+    return criterion
 
 
 def of_outputs(values: Tensor, weight: Tensor, stats: Stats) -> Tensor:

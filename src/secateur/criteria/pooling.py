@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from secateur.graph.types import Axis, Member, Weight
+from secateur.graph.types import Axis, Member
 
 
-def pool_units(
-    axes: Sequence[Axis],
-    scores: Iterable[tuple[str, Tensor]],
-    how: str = "mean",
-    weights: Mapping[str, Weight] = MappingProxyType({}),
-) -> dict[str, Tensor]:
-    """One score per unit of each axis, float64, from the scores of all weights that go with it.
+def pool_units(axes: Sequence[Axis], scores: Iterable[tuple[str, Tensor]], *, total: bool = False) -> dict[str, Tensor]:
+    """One score per unit of each axis: the mean score of all weights that go with it, or with ``total`` their sum.
 
-    how: "mean" or "sum" over all of them, producing rows and consuming columns alike; "outputs" is the mean over the
-    rows that produce the unit, along the ``out_dim`` of ``weights``. An axis of which some unit has no such weight is
-    left out. One weight's scores are held at a time, where they come so.
+    float64. Producing rows and consuming columns count alike. An axis of which some unit has no scored weight is left
+    out. One weight's scores are held at a time, where they come so.
     """
     places: dict[str, list[tuple[str, Member]]] = {}
     for axis in axes:
         for member in axis.members:
-            if how != "outputs" or (member.tensor in weights and weights[member.tensor].out_dim == member.dim):
-                places.setdefault(member.tensor, []).append((axis.name, member))
+            places.setdefault(member.tensor, []).append((axis.name, member))
     sums = {axis.name: torch.zeros(axis.units, dtype=torch.float64) for axis in axes}
     counts = {name: torch.zeros_like(zeros) for name, zeros in sums.items()}
     for tensor, s in scores:
@@ -38,8 +30,8 @@ def pool_units(
             found = per_index[member.dim][here]
             sums[name].index_add_(0, units[here], found)
             counts[name].index_add_(0, units[here], torch.full_like(found, s.numel() / len(here)))
-    whole = {name: total for name, total in sums.items() if bool((counts[name] > 0).all())}
-    return whole if how == "sum" else {name: total / counts[name] for name, total in whole.items()}
+    scored = [name for name, n in counts.items() if bool((n > 0).all())]
+    return {name: sums[name] if total else sums[name] / counts[name] for name in scored}
 
 
 def _per_index(scores: Tensor, dim: int) -> Tensor:

@@ -28,17 +28,9 @@ def resolve(criterion: str | Criterion) -> Criterion:
     return found
 
 
-def pooling(criterion: str | Criterion) -> str:
-    """How the criterion's scores become those of units: "mean", "sum" or "outputs" (see ``pool_units``)."""
-    return str(getattr(resolve(criterion), "pooled", "mean"))
-
-
-def relative(criterion: str | Criterion) -> bool:
-    """Whether units of different axes compare only once scores are divided by their axis's mean.
-
-    Sums are losses, which compare as they are.
-    """
-    return pooling(criterion) != "sum"
+def gives_losses(criterion: str | Criterion) -> bool:
+    """Whether the criterion's scores are rises of the loss (see ``in_loss_units``)."""
+    return bool(getattr(resolve(criterion), "in_loss_units", False))
 
 
 def score(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from secateur import patterns
 from secateur.criteria.form import Criterion
 from secateur.criteria.pooling import pool_units
-from secateur.criteria.scoring import each_score, pooling
+from secateur.criteria.scoring import each_score, gives_losses
 from secateur.errors import SpecError
 from secateur.graph.graph import Graph
 from secateur.tasks import Task
@@ -32,7 +32,7 @@ def units_of(
         free = [a for a in graph.free if a.name not in ignored and ignored.isdisjoint(m.tensor for m in a.members)]
         tensors = {m.tensor for axis in free for m in axis.members}
         scores = each_score(model, graph, criterion, task, seed, [n for n in graph.weights if n in tensors])
-        return pool_units(free, scores, pooling(criterion), graph.weights)
+        return pool_units(free, scores, total=gives_losses(criterion))
     names = maskable(graph, pattern, ignored)
     scores = each_score(model, graph, criterion, task, seed, names)
     return {n: patterns.pool(pattern, s, graph.weights[n]) for n, s in scores}

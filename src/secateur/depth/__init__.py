@@ -18,10 +18,10 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
-from secateur import criteria, patterns, planning
-from secateur.allocate import Allocation
+from secateur import criteria, patterns, planning, sensitivity
+from secateur.allocate import Allocation, Strategy
 from secateur.apply.oracle import ZeroedProgram
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
@@ -34,6 +34,7 @@ from secateur.graph.types import Flags
 from secateur.names import Choice, chosen
 from secateur.plan import Plan
 from secateur.planning import Described, assemble, describe, limit_of, measure_of, unmet
+from secateur.stats import Stats
 from secateur.tasks import Task, plain
 
 ONLY_BLOCKS = ("influence", "reconstruction")
@@ -59,16 +60,15 @@ def make(
 
     criterion: by default magnitude, for blocks influence. Blocks know those of ``scores.CRITERIA``; in
     ``channel+layer`` each kind of unit takes the criterion where it knows it, its default otherwise.
-    ignore: blocks too, by name; a block that holds an ignored weight stays.
-    axes: further arguments of ``planning.make``, which are about units of axes: allocate, overrides, minimum, equal.
-
-    Raises, besides, SpecError where a wish does not fit blocks.
+    ignore: blocks too, by name; a block that holds an ignored weight stays. axes: further arguments of
+    ``planning.make``, about units of axes: allocate, overrides, minimum, equal. Raises, besides, SpecError where a
+    wish does not fit blocks.
     """
     model, shape = plain(model), patterns.parse(pattern)
+    wishes: dict[str, Any] = {"pattern": pattern, "task": task, "ignore": ignore, "seed": seed}
+    axes["allocate"] = measured(axes.get("allocate", "global"), model, graph, {**wishes, "criterion": criterion})
     if not isinstance(shape, patterns.Layer | patterns.Both):
-        wishes: dict[str, Any] = {"pattern": pattern, "budget": budget, "task": task, "ignore": ignore, "seed": seed}
-        by = criterion if criterion is not None else "magnitude"
-        return planning.make(model, graph, criterion=by, **wishes, **axes)
+        return planning.make(model, graph, budget=budget, criterion=criterion or "magnitude", **wishes, **axes)
     wish = parse_budget(budget) if budget is not None else None
     if wish is None or wish.kind == "max_drop":
         raise SpecError(f"pattern {pattern!r} needs a budget of size, such as macs=50%; found {budget!r}")
@@ -83,6 +83,7 @@ def make(
     blocks_by = criterion if criterion in CRITERIA else "influence"
     rank = ranking(blocks_by, model, graph, free, task, seed)
     scores = criteria.score(model, graph, by, task, seed)
+    scored = _again(scores, losses=criteria.gives_losses(by))
 
     def channels(gone: Collection[str], rest: Callable[[Graph], str]) -> dict[str, Flags]:
         """The units that stay of the model without some blocks. Raises BudgetError."""
@@ -93,7 +94,7 @@ def make(
             left,
             pattern=str(shape.channel),
             budget=rest(left),
-            criterion=lambda weight, stats: scores[stats.name],
+            criterion=scored,
             ignore=known.__contains__ if known else (),
             seed=seed,
             **(_alive(axes, left) if gone else axes),
@@ -103,6 +104,30 @@ def make(
     gone, units = _together(graph, wish, _order(free, rank), channels, Calibration(model, graph, task))
     described = describe(pattern, wish, f"{_label(by)}+{blocks_by}", axes.get("allocate", "global"), seed)
     return _plan(graph, described, units, free, gone)
+
+
+def _again(scores: Mapping[str, Tensor], *, losses: bool) -> Criterion:
+    """A criterion that gives scores taken before."""
+
+    def scored(weight: Tensor, stats: Stats) -> Tensor:
+        return scores[stats.name]
+
+    return criteria.in_loss_units(scored) if losses else scored
+
+
+def measured(allocate: str | Strategy, model: nn.Module, graph: Graph, wishes: Mapping[str, Any]) -> str | Strategy:
+    """The allocation as it is, or with sensitivity curves where it goes by some and has none yet.
+
+    wishes: arguments of ``make``, pattern, criterion, task, ignore and seed among them.
+    """
+    if isinstance(patterns.parse(wishes["pattern"]), patterns.Layer | patterns.NM):
+        return allocate
+    by = wishes["criterion"]
+    asked = {name: wishes[name] for name in ("pattern", "task", "seed")}
+    asked["criterion"] = by if by is not None and by not in ONLY_BLOCKS else "magnitude"
+    places = [*graph.weights, *(a.name for a in graph.axes)]
+    known = chosen(wishes["ignore"], [*places, *(b.name for b in graph.blocks)], model, "ignore") & set(places)
+    return sensitivity.measured(allocate, model, graph, ignore=known.__contains__ if known else (), **asked)
 
 
 def _free(model: nn.Module, graph: Graph, ignore: Choice | Sequence[Choice]) -> tuple[set[str], list[str]]:

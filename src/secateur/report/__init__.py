@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
+from secateur.allocate import Curve
 from secateur.apply.shrink import Law
 from secateur.errors import DataError
 from secateur.files import write_atomic
@@ -65,7 +66,7 @@ class Report:
     """Everything that was measured; the first of ``rows`` is what the others are compared with.
 
     ``meta`` says how: pattern, budget, criterion, seeds, versions, processor, threads, and the form
-    of the result with its reason.
+    of the result with its reason. ``sensitivity`` has the curves that the allocation went by, if any.
     """
 
     title: str
@@ -75,6 +76,7 @@ class Report:
     law: Law | None = None
     meta: Mapping[str, str | int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sensitivity: tuple[Curve, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
@@ -88,6 +90,7 @@ class Report:
             raise DataError(f"the report is damaged, or no JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
+        data.setdefault("sensitivity", [])  # reports of before there were curves
         report: Report = _read(cls, data, "report")
         return report
 

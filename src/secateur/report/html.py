@@ -11,6 +11,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from secateur.allocate import Curve
 from secateur.errors import MissingExtra
 from secateur.report import Report, Row
 from secateur.tasks import Interval
@@ -153,6 +154,9 @@ def _sections(report: Report, charts: Mapping[str, Any]) -> Iterator[str]:
     if "layers" in charts:
         before = f'<div class="scroll"><div class="chart" id="layers"></div></div>{_layers(report)}'
         yield _section("Layer by layer", "The share of every weight that was removed.", before)
+    if "sensitivity" in charts:
+        caption = "What the loss rises by when one place alone loses this share of its units, before any recovery."
+        yield _section("Place by place", caption, '<div class="chart" id="sensitivity"></div>')
     if report.law is not None:
         law = report.law
         text = f"Relative error {law.error:.1e} of at most {law.tolerance:.1e}, held against {law.oracle}."
@@ -287,8 +291,33 @@ def _charts(report: Report) -> dict[str, Any]:
                 tooltip=["weight:N", alt.Tooltip("removed:Q", format=".1%"), "shapes:N"],
             )
         )
+    if report.sensitivity:
+        charts["sensitivity"] = _curves(report.sensitivity)
     return {name: chart.properties(**_room(name)).to_dict() for name, chart in charts.items()}
 
 
+def _curves(curves: Iterable[Curve]) -> Any:
+    """A line per place; the pointer names it."""
+    import altair as alt
+
+    points = [
+        {"place": c.place, "removed": part, "rise": rise}
+        for c in curves
+        for part, rise in ((0.0, 0.0), *zip(c.removed, c.rise, strict=True))
+    ]
+    return (
+        alt.Chart(alt.InlineData(values=points))
+        .mark_line(color=KEPT, opacity=0.6, point=alt.OverlayMarkDef(color=KEPT, size=24))
+        .encode(
+            x=alt.X("removed:Q", axis=alt.Axis(format="%", title="units removed"), scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("rise:Q", axis=alt.Axis(title="rise of the loss")),
+            detail="place:N",
+            tooltip=["place:N", alt.Tooltip("removed:Q", format="%"), alt.Tooltip("rise:Q", format=".3g")],
+        )
+    )
+
+
 def _room(name: str) -> dict[str, Any]:
+    if name == "sensitivity":
+        return {"width": "container", "height": 320}
     return {"width": "container", "height": {"step": 20 if name == "layers" else 34}}

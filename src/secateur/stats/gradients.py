@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from secateur.errors import DataError
 from secateur.graph.types import Weight
@@ -23,6 +23,12 @@ DAMPING = 1e-7
 LARGEST = 8 << 30
 """Bytes that the blocks of the Fisher matrix may take: 8 * BLOCK for every weight."""
 
+PROBES = 4
+"""Random probes of each batch's outputs."""
+
+OUTPUTS = 1024
+"""Numbers that the model may give for one example, for the loss's Hessian by them to be worked out."""
+
 TOGETHER = 16
 """Examples whose gradients are held before they go into the blocks: one product instead of many."""
 
@@ -31,7 +37,8 @@ COLLECTED = {
     "grad_square": "the mean over single calibration examples of (dL/dw)**2: the diagonal of the empirical Fisher "
     "matrix, of the weight's shape",
     "fisher_inverse": "the diagonal of the inverse of the empirical Fisher matrix in blocks, of the weight's shape",
-    "hessian": "the diagonal of the loss's Hessian, by one random probe a batch (Hutchinson), of the weight's shape",
+    "curvature": "the diagonal of the loss's Gauss-Newton matrix, by random probes of the outputs, of the weight's "
+    "shape",
 }
 
 Grads = Mapping[str, Tensor]
@@ -50,9 +57,9 @@ def examples(batch: Any) -> Iterator[Any]:
         )
 
 
-def first(loss: Tensor, weights: Grads, *, twice: bool = False) -> dict[str, Tensor]:
-    """dL/dw of the weights that the loss depends on; with ``twice`` it can be derived once more."""
-    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, create_graph=twice)
+def first(loss: Tensor, weights: Grads, along: Tensor | None = None) -> dict[str, Tensor]:
+    """dL/dw of the weights that the loss depends on. What was computed on the way to it is kept."""
+    found = torch.autograd.grad(loss, list(weights.values()), along, retain_graph=True, allow_unused=True)
     return {name: grad for name, grad in zip(weights, found, strict=True) if grad is not None}
 
 
@@ -80,26 +87,49 @@ class Means:
         return {**{name: total / self._count for name, total in self._sums.items()}, **zeros}
 
 
-def curvature(grads: Grads, weights: Grads, seed: str) -> dict[str, Tensor]:
-    """v * Hv for a random v of +1 and -1: its mean over many v is the diagonal of the Hessian H (Hutchinson 1989).
+def probes(output: Any, loss: Callable[[Any], Tensor], weights: Grads, seed: str) -> Iterator[dict[str, Tensor]]:
+    """Gradients whose mean square is the diagonal of the Gauss-Newton matrix J^T H J, of the outputs' Jacobian J and
+    the Hessian H of the loss by the outputs.
 
-    grads: first derivatives that can be derived once more. Raises DataError where an operator has no second derivative.
+    With H = S S^T and a random e of +1 and -1, J^T S e is such a gradient (Botev et al. 2017): one derivation of the
+    model a probe. H is in blocks, one per example, and where it has negative eigenvalues they count as none.
     """
-    probes = {
-        name: torch.randint(0, 2, grad.shape, generator=seeded(f"{seed}:{name}")).mul_(2).sub_(1).to(grad)
-        for name, grad in grads.items()
-    }
-    along = sum(((grads[name] * probe).sum() for name, probe in probes.items()), torch.zeros(()))
-    if not along.requires_grad:
-        return {}  # the loss is linear in the weights
-    try:
-        found = first(along, {name: weights[name] for name in probes})
-    except RuntimeError as error:
+    leaves, form = tree_flatten(output)
+    at = [i for i, v in enumerate(leaves) if isinstance(v, Tensor) and v.requires_grad]
+    length = len(leaves[at[0]]) if at and leaves[at[0]].dim() else 0
+    if not length or any(leaves[i].dim() < 1 or len(leaves[i]) != length for i in at):
         raise DataError(
-            f"the loss cannot be derived twice: {str(error).splitlines()[0]}; use criterion='fisher', which needs "
-            "first derivatives only"
-        ) from error
-    return {name: grad * probes[name] for name, grad in found.items()}
+            "criterion 'obd' needs outputs with one row per example; use 'fisher', which needs the loss only"
+        )
+    rows = torch.cat([leaves[i].flatten(1) if leaves[i].dim() > 1 else leaves[i][:, None] for i in at], 1)
+    if rows.shape[1] > OUTPUTS:
+        raise DataError(
+            f"the model gives {rows.shape[1]:,} numbers per example, more than the {OUTPUTS} whose Hessian criterion "
+            "'obd' works out; use 'fisher', which needs the loss only"
+        )
+
+    def of_rows(z: Tensor) -> Tensor:
+        parts = torch.split(z, [leaves[i].numel() // length for i in at], 1)
+        changed = {i: part.view(leaves[i].shape) for i, part in zip(at, parts, strict=True)}
+        return loss(tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], form))
+
+    values, vectors = torch.linalg.eigh(_hessian(of_rows, rows.detach()))
+    for k in range(PROBES):
+        signs = torch.randint(0, 2, values.shape, generator=seeded(f"{seed}:{k}")).mul_(2).sub_(1).to(values)
+        along = (vectors * values.clamp_min(0).sqrt()[:, None]) @ signs[:, :, None]
+        yield first(rows, weights, along[:, :, 0].to(rows.dtype))
+
+
+def _hessian(loss: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """(examples, outputs, outputs), symmetric: the second derivatives of the loss by each example's outputs."""
+    z = rows.to(wide(rows.dtype)).requires_grad_(True)
+    (grad,) = torch.autograd.grad(loss(z), z, create_graph=True)
+    columns = []
+    for c in range(z.shape[1]):
+        found = torch.autograd.grad(grad[:, c].sum(), z, retain_graph=True) if grad.requires_grad else (None,)
+        columns.append(found[0] if found[0] is not None else torch.zeros_like(z))
+    blocks = torch.stack(columns, 2)
+    return (blocks + blocks.mT) / 2
 
 
 class FisherBlocks:

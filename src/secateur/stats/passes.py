@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.errors import DataError, PruneError, TraceError
 from secateur.graph.graph import Graph
 from secateur.graph.trace import describe, first_line, untouched
 from secateur.progress import track
-from secateur.stats.gradients import FisherBlocks, Means, curvature, examples, first
+from secateur.stats.gradients import FisherBlocks, Means, examples, first, probes
 from secateur.stats.outputs import COLLECTED as OUTPUTS
 from secateur.stats.outputs import Outputs
 from secateur.tasks import Task, batches, call, mode
@@ -30,13 +29,13 @@ def over(
     outputs = Outputs(model, graph, names, wanted)
     plain = functools.partial(call, model)
     seen = bool(OUTPUTS.keys() & wanted)
-    with _ready(model, weights, twice="hessian" in wanted):
+    with _ready(model, weights):
         for number, batch in enumerate(track(batches(task, "calibration", model), "Collecting statistics")):
             if seen or whole:
                 with torch.set_grad_enabled(bool(whole)):
                     output = _output(outputs.run if seen else plain, batch[0], number)
-                if whole:
-                    _derive(whole, _loss(task, output, batch[1], number), weights, f"{seed}:{number}")
+                for what, grads in _derived(whole, task, output, batch[1], weights, number, seed):
+                    whole[what].add(grads)
             for inputs, targets in examples(batch) if single else ():
                 grads = first(_loss(task, _output(plain, inputs, number), targets, number), weights)
                 for gathered in single.values():
@@ -49,7 +48,7 @@ def over(
 
 
 def _of_batches(weights: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Means]:
-    kinds: dict[str, Callable[[Tensor], Tensor]] = {"grad_abs": torch.abs, "hessian": Tensor.detach}
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {"grad_abs": torch.abs, "curvature": torch.square}
     return {what: Means(weights, of) for what, of in kinds.items() if what in wanted}
 
 
@@ -64,24 +63,33 @@ def _of_examples(
     return found
 
 
-def _derive(whole: Mapping[str, Means], loss: Tensor, weights: Mapping[str, Tensor], seed: str) -> None:
-    grads = first(loss, weights, twice="hessian" in whole)
-    if "grad_abs" in whole:
-        whole["grad_abs"].add(grads)
-    if "hessian" in whole:
-        whole["hessian"].add(curvature(grads, weights, seed))
+def _derived(
+    wanted: Collection[str],
+    task: Task,
+    output: Any,
+    targets: Any,
+    weights: Mapping[str, Tensor],
+    number: int,
+    seed: int,
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Gradients of one batch, for the statistics that are means of some."""
+    if wanted:
+        loss = _loss(task, output, targets, number)
+        if "grad_abs" in wanted:
+            yield "grad_abs", first(loss, weights)
+        if "curvature" in wanted:
+            for grads in probes(output, lambda z: task.loss(z, targets), weights, f"{seed}:{number}"):
+                yield "curvature", grads
 
 
 @contextmanager
-def _ready(model: nn.Module, weights: Mapping[str, nn.Parameter], *, twice: bool) -> Iterator[None]:
-    """Evaluation mode, every weight with gradients; afterwards all as it was. Only plain attention derives twice."""
+def _ready(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, every weight with gradients; afterwards all as it was."""
     frozen = [p for p in weights.values() if not p.requires_grad]
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(mode(model, training=False))
         stack.enter_context(torch.enable_grad())
-        if twice:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         try:
             for p in frozen:
                 p.requires_grad_(True)

@@ -29,7 +29,7 @@ check: setup  ## what CI runs first
 test: setup  ## what CI runs second
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
-nightly: setup  ## the law over 2,000 networks drawn at random
+nightly: setup  ## the law over 2,000 random networks, compat.prune over 6,000 random sequences of calls
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES) -m nightly
 
 bench: setup  ## hours; picks up where it stopped

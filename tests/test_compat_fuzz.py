@@ -361,7 +361,6 @@ def fuzz(seed: int) -> int:
     return len(mine.done)
 
 
-@pytest.mark.filterwarnings("ignore:.*non-contiguous.*")
 @pytest.mark.parametrize("start", range(0, SEQUENCES, BATCH))
 def test_both_do_the_same(start: int) -> None:
     succeeded = sum(fuzz(seed) for seed in range(start, start + BATCH))

@@ -52,7 +52,7 @@ class BasePruningMethod(ABC):
         """
         if cls.apply_mask is not BasePruningMethod.apply_mask:
             raise TypeError(
-                f"{cls.__name__} overrides apply_mask, but a pruned tensor always is the original where the mask is one "
+                f"{cls.__name__} overrides apply_mask, but a pruned tensor is the original where the mask is one, "
                 "and zero elsewhere; override compute_mask"
             )
         method = cls(*args, **kwargs)

@@ -25,7 +25,7 @@ class ZeroedProgram(nn.Module):
 
     def __init__(self, program: Program, model: nn.Module, alive: Flags) -> None:
         super().__init__()
-        self._walker = _Walker(program, model, alive)
+        self._walker = Zeroing(program, model, alive)
         self.program = program.module  # so that its buffers, the original model's own, are this module's
         self._codegen = program.module.graph._codegen
 
@@ -36,7 +36,9 @@ class ZeroedProgram(nn.Module):
         return self._codegen.process_outputs(out)
 
 
-class _Walker(fx.Interpreter):
+class Zeroing(fx.Interpreter):
+    """Runs a program node by node, each value zeroed where the labels that are not ``alive`` show up."""
+
     def __init__(self, program: Program, model: nn.Module, alive: Flags) -> None:
         super().__init__(program.module)
         self.program, self.alive = program, alive
@@ -50,19 +52,20 @@ class _Walker(fx.Interpreter):
         return value.to(self.device)
 
     def run_node(self, node: fx.Node) -> Any:
-        if node in self.program.inexact and self._loses(node):
+        if node in self.program.inexact and self.loses(node):
             found = self._over_what_stays(self.program.op(node))
         else:
             found = super().run_node(node)
         if isinstance(found, Tensor) and node not in self.written:
-            return self._zeroed(found, self._dims(node))
+            return self.zeroed(found, self.dims_of(node))
         return found
 
-    def _dims(self, node: fx.Node) -> Dims:
+    def dims_of(self, node: fx.Node) -> Dims:
         value = self.program.values.get(node)
         return value if isinstance(value, list) else []
 
-    def _loses(self, node: fx.Node) -> bool:
+    def loses(self, node: fx.Node) -> bool:
+        """Whether the node, or something that it reads, loses anything."""
         values = [self.program.values.get(n) for n in (node, *node.all_input_nodes)]
         return any(self._staying(dim) is not None for value in values for dims in each(value) for dim in dims)
 
@@ -76,7 +79,8 @@ class _Walker(fx.Interpreter):
             self.kept[id(dim)] = None if flags.all() else torch.from_numpy(np.flatnonzero(flags)).to(self.device)
         return self.kept[id(dim)]
 
-    def _zeroed(self, value: Tensor, dims: Dims) -> Tensor:
+    def zeroed(self, value: Tensor, dims: Dims) -> Tensor:
+        """The value with zeros where its dimensions lose something."""
         if not (value.is_floating_point() or value.is_complex()):
             return value  # numbers of things, not things
         for d, dim in enumerate(dims):
@@ -94,7 +98,7 @@ class _Walker(fx.Interpreter):
         def compressed(node: fx.Node) -> Any:
             value = self.env[node]
             if isinstance(value, Tensor) and node not in change.values():
-                for d, dim in enumerate(self._dims(node)):
+                for d, dim in enumerate(self.dims_of(node)):
                     if (staying := self._staying(dim)) is not None:
                         value = value.index_select(d, staying)
             return value
@@ -106,7 +110,7 @@ class _Walker(fx.Interpreter):
         found = target(*args, **kwargs)
         labels = self.program.values[op.node]
         if isinstance(found, Tensor):
-            return self._expanded(found, self._dims(op.node), sizes_of(op.node), self.program.pointers.get(op.node))
+            return self._expanded(found, self.dims_of(op.node), sizes_of(op.node), self.program.pointers.get(op.node))
         assert isinstance(labels, tuple)
         shapes = [tuple(v.shape) for v in op.node.meta["val"]]
         pointers = [self.program.pointers.get((op.node, i)) for i in range(len(found))]

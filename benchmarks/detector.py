@@ -1,4 +1,4 @@
-"""FastestDet, its COCO images, and the mean average precision that detectors are judged by.
+"""FastestDet, its COCO images, and what it finds in them.
 
 Weights and images are looked for where ``weights.py`` says.
 """
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateur.tasks.detection import Match, iou, match
 from weights import data_folder, pillow, pretrained
 
 SIDE, CELLS, CLASSES = 352, 22, 80
@@ -201,52 +202,11 @@ def suppress(boxes: Truth) -> Truth:
     return boxes[keep]
 
 
-def iou(a: Truth, b: Truth) -> Truth:
-    """Intersection over union of every box of ``a`` (n, 4) with every box of ``b`` (m, 4)."""
-    corner = np.maximum(a[:, None, :2], b[None, :, :2])
-    sides = np.clip(np.minimum(a[:, None, 2:], b[None, :, 2:]) - corner, 0, None)
-    shared = sides.prod(-1)
-    areas = [(x[:, 2:] - x[:, :2]).prod(-1) for x in (a, b)]
-    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
-
-
-# --- mAP50, as COCO counts it ------------------------------------------------------------------------
-
-Found = tuple[Truth, NDArray[np.int64]]
-"""Of one image: (boxes, 3) of class, score and whether right; and how many objects there are per class."""
-
-
-def examples(model: nn.Module, images: Tensor, truths: list[Truth]) -> list[Found]:
+def examples(model: nn.Module, images: Tensor, truths: list[Truth]) -> list[Match]:
     """What the model finds in each image, held against the truth."""
     with torch.inference_mode():
-        outputs = torch.cat([model(batch) for batch in images.split(16)])
-    return [_judge(decode(output), truth) for output, truth in zip(outputs, truths, strict=True)]
-
-
-def _judge(boxes: Truth, truth: Truth) -> Found:
-    """Best first, every box takes the object of its class that it overlaps most, by half at least, if still there."""
-    overlap = iou(boxes[:, 1:5], truth[:, 1:5]) * (boxes[:, None, 0] == truth[None, :, 0])
-    right = np.zeros(len(boxes))
-    for i in range(len(boxes)):
-        best = int(overlap[i].argmax()) if len(truth) else 0
-        if len(truth) and overlap[i, best] >= 0.5:
-            right[i] = 1
-            overlap[:, best] = 0
-    rows = np.stack([boxes[:, 0], boxes[:, 5], right], axis=1)
-    return rows, np.bincount(truth[:, 0].astype(np.int64), minlength=CLASSES)
-
-
-def mean_ap(found: list[Found]) -> float:
-    """The mean over classes that occur of the average precision at 101 recalls (Lin et al. 2014)."""
-    rows = np.concatenate([boxes for boxes, _ in found])
-    rows = rows[np.argsort(-rows[:, 1], kind="stable")]
-    objects = np.sum([counts for _, counts in found], axis=0)
-    return float(np.mean([_average_precision(rows[rows[:, 0] == c, 2], objects[c]) for c in np.flatnonzero(objects)]))
-
-
-def _average_precision(right: NDArray[np.float64], objects: int) -> float:
-    hits = right.cumsum()
-    recall, precision = hits / objects, hits / np.arange(1, len(right) + 1)
-    precision = np.maximum.accumulate(precision[::-1])[::-1]  # the best at this recall or a higher one
-    places = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
-    return float(np.append(precision, 0.0)[np.minimum(places, len(right))].mean())
+        found = [decode(output) for batch in images.split(16) for output in model(batch)]
+    return [
+        match((boxes[:, 1:5], boxes[:, 5], boxes[:, 0]), (truth[:, 1:], truth[:, 0]))
+        for boxes, truth in zip(found, truths, strict=True)
+    ]

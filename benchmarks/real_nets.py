@@ -30,6 +30,7 @@ from secateur import prune
 from secateur.recipe import load_callable
 from secateur.recover import recalibrate_, recover
 from secateur.tasks import Task, evaluate
+from secateur.tasks.detection import mean_ap
 
 BUDGET, SAMPLES = "params=70%", 400
 
@@ -57,7 +58,7 @@ def fastestdet() -> Net:
         inputs=images[:2],
         unit="mAP50",
         examples=lambda model: detector.examples(model, images[half:], truths[half:]),
-        metric=lambda found: 100 * detector.mean_ap(found),
+        metric=lambda found: 100 * mean_ap(found),
         calibration=images[:half].split(16),
     )
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import common
 from secateur.errors import MissingExtra
-from secateur.tasks import Classification
+from secateur.tasks import Classification, LanguageModel
 from weights import data_folder
 
 TOKENS = 64
@@ -90,27 +88,11 @@ def llama() -> nn.Module:
     return model.eval()
 
 
-@dataclass(frozen=True, eq=False)
-class Stories:
-    """A task of token sequences, each a batch of its own: the score of one is its mean log likelihood a token."""
+class Stories(LanguageModel):
+    """The score of a story is its mean log likelihood a token; each is a batch of its own."""
 
-    train: list[Tensor]
-    validation: list[Tensor]
-    test: list[Tensor]
-
-    def batches(self, split: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Inputs and targets, both of shape (1, tokens); training stories in another order on every pass."""
-        stories = self.train if split == "calibration" else getattr(self, split)
-        order = torch.randperm(len(stories)).tolist() if split == "train" else range(len(stories))
-        for i in order:
-            yield {"input_ids": stories[i][None]}, stories[i][None]
-
-    def loss(self, output: object, target: Tensor) -> Tensor:
-        return -self.scores(output, target).mean()
-
-    def scores(self, output: object, target: Tensor) -> Tensor:
-        logits: Tensor = output.logits  # type: ignore[attr-defined]
-        return -F.cross_entropy(logits[0, :-1], target[0, 1:])[None]
+    def scores(self, output: Any, target: Tensor) -> Tensor:
+        return -self.loss(output, target)[None]
 
 
 def stories() -> Stories:
@@ -127,4 +109,4 @@ def stories() -> Stories:
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))
     found = [torch.tensor(ids[i]) for i in order]
     half, more = len(found) // 2, len(found) // 8
-    return Stories(found[:half], found[half : half + more], found[half + more :])
+    return Stories(found[:half], found[half : half + more], found[half + more :], batch_size=1)

@@ -87,7 +87,9 @@ def test_a_hugging_face_model_comes_from_a_folder(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 32}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).save_pretrained(tmp_path)
-    assert type(load_model(f"hf:{tmp_path}")).__name__ == "LlamaForCausalLM"
+    model = load_model(f"hf:{tmp_path}")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not model.config.use_cache
     with pytest.raises(SpecError, match=r"hf:\./no/such/folder could not be loaded"):
         load_model("hf:./no/such/folder")
 

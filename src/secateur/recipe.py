@@ -150,7 +150,10 @@ def _hf(name: str) -> nn.Module:
     kind = (config.architectures or ["AutoModel"])[0]
     if not hasattr(transformers, kind):
         raise SpecError(f"hf:{name} is a {kind}, which transformers does not have; remote code is not run")
-    return getattr(transformers, kind).from_pretrained(name, use_safetensors=True)  # type: ignore[no-any-return]
+    model: nn.Module = getattr(transformers, kind).from_pretrained(name, use_safetensors=True)
+    if getattr(model.config, "use_cache", False):
+        model.config.use_cache = False  # type: ignore[union-attr]  # a cache among the outputs cannot be captured
+    return model
 
 
 _SOURCES: dict[str, Callable[[str], nn.Module]] = {"timm": _timm, "torchvision": _torchvision, "hf": _hf}

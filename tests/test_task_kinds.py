@@ -100,6 +100,16 @@ def test_what_is_no_token_sequence_is_named(sequence, message):
         language(test=tokens([1, 2], sequence))
 
 
+@pytest.mark.parametrize("kind", [lambda: language(), lambda: texts()])
+def test_a_model_without_its_head_is_named(kind):
+    class Headless(nn.Module):
+        def forward(self, *_, **__):
+            return SimpleNamespace(last_hidden_state=torch.zeros(2, 3))
+
+    with pytest.raises(DataError, match=r"gave a SimpleNamespace, expected logits.*load the model with its head"):
+        evaluate(Headless(), kind(), "test")
+
+
 # --- text classification ----------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from secateur.errors import DataError
-from secateur.tasks.task import CALIBRATION, SPLITS, Pass, check_split, passing
+from secateur.tasks.task import CALIBRATION, SPLITS, Pass, check_split, logits_of, passing
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,7 @@ class TextClassification:
         return examples
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(getattr(output, "logits", output), target)
+        return F.cross_entropy(logits_of(output), target)
 
     def scores(self, output: Any, target: Tensor) -> Tensor:
-        logits: Tensor = getattr(output, "logits", output)
-        return (logits.argmax(dim=1) == target).float()
+        return (logits_of(output).argmax(dim=1) == target).float()

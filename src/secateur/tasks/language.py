@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from secateur.errors import DataError
-from secateur.tasks.task import CALIBRATION, SPLITS, Pass, check_split, passing
+from secateur.tasks.task import CALIBRATION, SPLITS, Pass, check_split, logits_of, passing
 
 IGNORED = -100
 """Target where a sequence has ended; what ``cross_entropy`` leaves out by default."""
@@ -70,7 +70,7 @@ class LanguageModel:
 
     def scores(self, output: Any, target: Tensor) -> Tensor:
         real = target[:, 1:] != IGNORED
-        right = (_logits(output)[:, :-1].argmax(dim=-1) == target[:, 1:]) & real
+        right = (logits_of(output)[:, :-1].argmax(dim=-1) == target[:, 1:]) & real
         return right.sum(dim=1) / real.sum(dim=1)
 
     def summary(self, outputs: Iterable[tuple[Any, Tensor]]) -> dict[str, float]:
@@ -81,11 +81,6 @@ class LanguageModel:
         return {"perplexity": math.exp(min(loss / tokens, 700.0))}  # more is no float
 
 
-def _logits(output: Any) -> Tensor:
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
-
-
 def _flat(output: Any, target: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of shape (tokens, vocabulary), each with the token that comes next."""
-    return _logits(output)[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten()
+    return logits_of(output)[:, :-1].flatten(0, 1).float(), target[:, 1:].flatten()

@@ -76,3 +76,14 @@ def passing(split: str, count: int, size: int, batch: Callable[[list[int]], tupl
     order = torch.randperm(count) if training else torch.arange(count)
     length = count // size if training else -(-count // size)
     return Pass(length, lambda i: batch(order[i * size : (i + 1) * size].tolist()))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The output, or what it carries as ``.logits``. Raises DataError where that is no tensor."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise DataError(
+            f"the model gave a {type(output).__name__}, expected logits, or an output that carries them as .logits; "
+            "load the model with its head"
+        )
+    return logits

@@ -27,7 +27,8 @@ def show(report: Report, folder: Path | None) -> None:
     table.add_column("", no_wrap=True)
     names = metrics(report)
     size_of = "nonzero" if sparse else "parameters"
-    for heading in ("accuracy", *map(escape, names), size_of, "MACs", "file", "latency", "memory"):
+    last = () if names else ("memory",)  # a line has room for one of the two
+    for heading in ("accuracy", *map(escape, names), size_of, "MACs", "file", "latency", *last):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
@@ -38,7 +39,7 @@ def show(report: Report, folder: Path | None) -> None:
             "" if row.macs is None else count(row.macs),
             size(row.bytes),
             duration(row.latency.value) if row.latency else "",
-            "" if row.memory is None else size(row.memory),
+            *("" if row.memory is None else size(row.memory) for _ in last),
         )
     Console().print(table)
     if report.law:

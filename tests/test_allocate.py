@@ -3,8 +3,12 @@
 import pytest
 import torch
 
-from secateur.allocate import Allocation, best, climb, kth, kth_smallest, resolve
+from nets import build
+from secateur.allocate import Allocation, Curve, Sensitivity, best, climb, kth, kth_smallest, resolve
+from secateur.allocate.erk import ErdosRenyi
 from secateur.errors import DataError, PlanError, SpecError
+from secateur.graph import analyze
+from secateur.planning import make
 
 
 def nasty(kind, n, generator):
@@ -59,13 +63,22 @@ def test_among_equals_the_first_stay():
     assert best(torch.tensor([1.0, 5, 1, 1, 5]), 3).tolist() == [True, True, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["uniform", "global"])
-def test_ladders_never_grow_and_end_empty(name):
+def erk(scores, relative=False):
+    return ErdosRenyi(scores, relative, shapes={"a": [(7, 1)], "b": [(6, 5), (30, 2)], "c": [(2, 2)]})
+
+
+def curves(scores, relative=False):
+    rises = {"a": (0.0, 0.1, 3.0), "b": (2.0, 1.0, 2.0), "c": (-1.0, -1.0, -2.0)}
+    return Sensitivity({place: Curve(place, (0.1, 0.5, 0.8), rise) for place, rise in rises.items()})(scores, relative)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "global", erk, curves])
+def test_ladders_never_grow_and_end_empty(strategy):
     scores = {"a": torch.rand(7).round(decimals=1), "b": torch.rand(30).round(decimals=1), "c": torch.zeros(4)}
-    ladder = resolve(name)(scores)
+    ladder = resolve(strategy)(scores)
     previous = ladder.kept(0)
     assert previous == {"a": 7, "b": 30, "c": 4}
-    for rung in range(1, ladder.rungs + 1):
+    for rung in [*range(1, ladder.rungs, 1 + ladder.rungs // 500), ladder.rungs]:
         counts = ladder.kept(rung)
         assert all(counts[p] <= previous[p] for p in counts)
         previous = counts
@@ -114,6 +127,50 @@ def test_scaling_scores_changes_nothing():
         assert all(one.kept(r) == other.kept(r) for r in range(0, 130, 7))
 
 
+def test_erk_keeps_in_proportion_to_the_sum_of_dimensions_over_their_product():
+    """By hand: (64 + 3 + 3 + 3) / 1728 is 9.7 times (64 + 64 + 3 + 3) / 36864."""
+    shapes = {"narrow": [(64, 3, 3, 3)], "wide": [(64, 64, 3, 3)]}
+    sizes = {"narrow": 1728, "wide": 36864}
+    ladder = ErdosRenyi({place: torch.zeros(n) for place, n in sizes.items()}, shapes=shapes)
+    densities = {"narrow": 73 / 1728, "wide": 134 / 36864}
+    for scale in (200.0, 25.0, 10.0, 1.0):  # the largest ones leave a layer whole
+        rung = round(ladder.rungs * (1 - scale * densities["wide"]))
+        kept = ladder.kept(max(rung, 0))
+        for place, n in sizes.items():
+            assert kept[place] == pytest.approx(n * min(1, scale * densities[place]), abs=1)
+
+
+def test_erk_of_an_axis_is_that_of_all_its_weights():
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    plan = make(model, graph, budget="params=50%", allocate="erk")
+    asked = {}
+
+    def spy(scores, relative=False, *, shapes):
+        asked.update(shapes)
+        return ErdosRenyi(scores, relative, shapes=shapes)
+
+    spy.needs = frozenset({"shapes"})
+    assert not plan.diff(make(model, graph, budget="params=50%", allocate=spy))
+    assert asked == {
+        name: [
+            graph.weights[n].shape for n in sorted({m.tensor for m in graph.axis(name).members} & graph.weights.keys())
+        ]
+        for name in plan.units
+    }
+
+
+@pytest.mark.parametrize("budget", ["sparsity=80%", "params=30%", "macs=30%"])
+def test_erk_meets_budgets_and_keeps_small_layers_whole(budget):
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    plan = make(model, graph, pattern="unstructured", budget=budget, allocate="erk")
+    part = {n: plan.allocation.kept[n] / plan.allocation.total[n] for n in plan.allocation.kept}
+    density = {n: sum(w.shape) / w.numel for n, w in graph.weights.items()}
+    assert all(part[a] >= part[b] - 0.02 for a in part for b in part if density[a] > density[b])
+    assert 0.6 < sum(plan.allocation.kept.values()) / sum(plan.allocation.total.values()) / 0.25 < 1.4
+
+
 def test_climb_finds_the_first_rung_that_fits():
     ladder = resolve("uniform")({"a": torch.rand(100)})
     assert climb(ladder, dict, lambda c: c["a"] <= 37) == {"a": 37}
@@ -139,7 +196,7 @@ def test_impossible_counts_are_refused(text):
 
 
 def test_an_unknown_strategy_names_the_known_ones():
-    with pytest.raises(SpecError, match="'globle' is unknown; there are global, uniform"):
+    with pytest.raises(SpecError, match="'globle' is unknown; there are global, uniform, erk, sensitivity"):
         resolve("globle")
 
 

@@ -1,13 +1,18 @@
 """Criteria and the statistics they ask for."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import secateur.depth
+import secateur.planning
 from nets import build
-from secateur.criteria import BUILT_IN, needs, resolve, score
+from secateur.criteria import BUILT_IN, in_loss_units, needs, resolve, score, units_of
 from secateur.errors import DataError, SpecError
 from secateur.graph import analyze
+from secateur.patterns import parse
+from secateur.planning import make
 from secateur.tasks import Classification
 from secateur.testing import check_criterion
 
@@ -32,6 +37,56 @@ def test_one_of_your_own_in_six_lines():
 
     model, inputs = build("plain")
     check_criterion(mine, model, inputs, task(inputs))
+
+
+def losses(first, second):
+    """A criterion in units of the loss for "plain": what a unit of axis 0, and of axis 3, sums up to."""
+
+    @in_loss_units
+    def criterion(weight, stats):
+        sums = {"0.weight": first / weight[0].numel(), "5.2.weight": second / len(weight)}
+        return torch.full_like(weight, sums.get(stats.name, 0.0))
+
+    return criterion
+
+
+def test_losses_are_summed_over_what_goes_with_a_unit():
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    units = units_of(model, graph, parse("channel"), losses(2.0, 3.0), None, set(), 0)
+    torch.testing.assert_close(units["0"], torch.full((8,), 2.0, dtype=torch.float64))
+    torch.testing.assert_close(units["3"], torch.full((12,), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("budget", ["macs=70%", "params=70%", "size=70%"])
+def test_losses_compete_by_what_their_units_save(budget):
+    """Where one axis's units lose less for what they save, all that go are its; as shares of a mean all are equal."""
+    model, inputs = build("plain")
+    graph = analyze(model, inputs)
+    measure = {"m": lambda c: c.macs, "p": lambda c: c.params, "s": lambda c: c.bytes}[budget[0]]
+    saves = {
+        name: measure(graph.cost()) - measure(graph.cost({name: np.arange(graph.axis(name).units) > 0}))
+        for name in ("0", "3")
+    }
+    assert saves["0"] != saves["3"]
+    for cheap, dear in (("0", "3"), ("3", "0")):
+        by_axis = {cheap: 0.9 * saves[cheap], dear: 1.1 * saves[dear]}
+        kept = make(model, graph, budget=budget, criterion=losses(by_axis["0"], by_axis["3"])).allocation.kept
+        assert kept[dear] == graph.axis(dear).units or kept[cheap] == 1
+        assert kept[cheap] < graph.axis(cheap).units
+
+
+def test_blocks_and_channels_together_keep_the_unit_of_their_scores(monkeypatch):
+    asked = []
+    original = secateur.planning._per_cost
+    monkeypatch.setattr(secateur.planning, "_per_cost", lambda *a: asked.append(1) or original(*a))
+    model, inputs = build("residual")
+    graph, data = analyze(model, inputs), task(inputs, 4)
+    secateur.depth.make(model, graph, pattern="channel+layer", budget="macs=70%", criterion="fisher", task=data)
+    assert asked
+    asked.clear()
+    secateur.depth.make(model, graph, pattern="channel+layer", budget="macs=70%", criterion="magnitude", task=data)
+    assert not asked
 
 
 def test_what_was_not_declared_is_not_collected():

@@ -21,21 +21,23 @@ class Elsewhere:
 
     def __init__(self, model: nn.Module, graph: Graph) -> None:
         self._model, self._graph = model, graph
-        self._known: list[tuple[Shapes, Graph]] = []
+        self._known: list[tuple[Shapes, Graph]] = [(_shapes(graph.inputs), graph)]
 
     def graph_of(self, inputs: Any) -> Graph:
         """Raises TraceError where the model fails on these inputs."""
-        if inputs is self._graph.inputs:
-            return self._graph
-        shapes: Shapes = [tuple(v.shape) for v in tree_leaves(inputs) if isinstance(v, Tensor)]
+        shapes = _shapes(inputs)
         for known, graph in self._known:
             if _fits(known, shapes):
                 return graph
         said = self._graph.declared
         graph = analyze(self._model, inputs, ties=said.ties, free_outputs=said.free_outputs, dynamic_batch=True)
         values = (n.meta.get("val") for n in graph.program.module.graph.nodes if n.op == "placeholder")
-        self._known.append(([tuple(v.shape) for v in values if isinstance(v, Tensor)], graph))
+        self._known.append((_shapes(list(values)), graph))
         return graph
+
+
+def _shapes(values: Any) -> Shapes:
+    return [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, Tensor)]
 
 
 def _fits(known: Shapes, shapes: Shapes) -> bool:

@@ -50,16 +50,17 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """6n+2 layers of widths 16-32-64. Input (batch, 3, 32, 32), normalised; output (batch, 10)."""
+    """6n+2 layers; widths are all odd or all even. Input (batch, 3, 32, 32), normalised; output (batch, 10)."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, widths: tuple[int, int, int] = (16, 32, 64)) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
-        self.linear = nn.Linear(64, 10)
+        first, second, third = widths
+        self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _stage(first, first, blocks, stride=1)
+        self.layer2 = _stage(first, second, blocks, stride=2)
+        self.layer3 = _stage(second, third, blocks, stride=2)
+        self.linear = nn.Linear(third, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -140,19 +141,25 @@ def cifar10() -> Classification:
     published weights were trained on them, so they rank candidates but say nothing of the accuracy:
     that is reported on the test images. Training images stay bytes until a batch is drawn.
     """
+    x, y = cifar10_training()
     folder = data_folder() / "cifar10"
     labels = json.loads((folder / "labels.json").read_text())
-    x = torch.cat([_sheet(folder / f"train_{sheet:02}.png") for sheet in range(50)])
-    y = torch.tensor(labels["train"])
     cut = len(x) - CIFAR_VALIDATION
     return Classification(
         train=(x[:cut], y[:cut]),
-        calibration=(_normalise(x[:512]), y[:512]),
-        validation=(_normalise(x[cut:]), y[cut:]),
-        test=(_normalise(_sheet(folder / "test_400.png")), torch.tensor(labels["test"])),
+        calibration=(normalise(x[:512]), y[:512]),
+        validation=(normalise(x[cut:]), y[cut:]),
+        test=(normalise(_sheet(folder / "test_400.png")), torch.tensor(labels["test"])),
         batch_size=128,
-        augment=_crop_and_flip,
+        augment=crop_and_flip,
     )
+
+
+def cifar10_training() -> tuple[Tensor, Tensor]:
+    """All training images as bytes of shape (50000, 3, 32, 32), and their classes."""
+    folder = data_folder() / "cifar10"
+    x = torch.cat([_sheet(folder / f"train_{sheet:02}.png") for sheet in range(50)])
+    return x, torch.tensor(json.loads((folder / "labels.json").read_text())["train"])
 
 
 def imagenet() -> Classification:
@@ -193,18 +200,18 @@ def _photo(raw: bytes, short: int, size: int) -> Tensor:
     return torch.from_numpy((pixels / 255 - 0.5) / 0.5).permute(2, 0, 1).contiguous()
 
 
-def _normalise(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor) -> Tensor:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CIFAR_MEAN, CIFAR_STD))
     return (pixels / 255 - mean) / std
 
 
-def _crop_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
+def crop_and_flip(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Pad with 4 black pixels, crop 32 x 32 at random, mirror half of them: as the nets were trained."""
     padded = F.pad(pixels, (4, 4, 4, 4))
     n, size = len(pixels), pixels.shape[-1]
     rows, columns = (torch.randint(0, 9, (n, 1), generator=generator) + torch.arange(size) for _ in range(2))
     cropped = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return _flip(_normalise(cropped.permute(0, 3, 1, 2).contiguous()), generator)
+    return _flip(normalise(cropped.permute(0, 3, 1, 2).contiguous()), generator)
 
 
 def _flip(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -49,7 +49,7 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "options"), [("ours", "adamw"), ("own", "sgd")])
+@pytest.mark.parametrize(("kind", "options"), [("numbered", "adamw"), ("own", "sgd")])
 def test_a_killed_run_ends_as_one_that_was_not(processes, uninterrupted, tmp_path, kind, options):
     """Killed once at each of these moments, each time in a folder of its own."""
     for number, (moment, count, every) in enumerate(DEATHS):
@@ -63,7 +63,7 @@ def test_a_killed_run_ends_as_one_that_was_not(processes, uninterrupted, tmp_pat
 
 
 def test_killed_again_and_again_at_any_time(processes, uninterrupted, tmp_path):
-    kind, options = "own", "sgd"
+    kind, options = "ours", "sgd"
     draw, deaths, patience = random.Random(0), 0, 0.1
     while not (tmp_path / "out").exists():
         process = processes(target=work, args=(kind, options, tmp_path / "run", 0.0, tmp_path / "out", "", 0))

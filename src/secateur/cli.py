@@ -70,8 +70,9 @@ Pattern = Annotated[str, typer.Option(help="unstructured, 2:4, block:4x1, channe
 Criterion = Annotated[
     str | None,
     typer.Option(
-        help="magnitude, l2, random, bn_scale, taylor or module:function; for layers influence, reconstruction, "
-        "taylor, magnitude or random. Default: magnitude, for layers influence."
+        help="magnitude, l2, random, bn_scale, fpgm, lamp; with DATA taylor, activation, apoz, fisher, block_fisher, "
+        "obd; or module:function. For layers influence, reconstruction, taylor, magnitude or random. "
+        "Default: magnitude, for layers influence."
     ),
 ]
 Budget = Annotated[
@@ -160,7 +161,7 @@ def prune(
     pattern: Pattern = "channel",
     budget: Budget = None,
     criterion: Criterion = None,
-    allocate: Annotated[str, typer.Option(help="global, uniform or module:function.")] = "global",
+    allocate: Annotated[str, typer.Option(help="global, uniform, erk, sensitivity or module:function.")] = "global",
     ignore: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")
     ] = None,

@@ -14,7 +14,8 @@ SOURCE = ROOT / "src" / "secateur"
 # A room may import from the rooms before it, and from itself. See docs/decisions/0001-room-order.md.
 ROOMS = """
     errors names files recipe progress tasks graph patterns budget stats criteria allocate plan planning apply
-    sensitivity depth solvers recover train search runtime targets measure report store compat datasets api demo cli testing
+    sensitivity depth solvers recover train search runtime targets measure report store road promise compat datasets api
+    demo cli testing
 """.split()  # noqa: SIM905
 
 MODULES = sorted(SOURCE.rglob("*.py"))

@@ -239,7 +239,7 @@ def test_in_place_is_the_same_as_a_copy(implicit):
 
 @pytest.fixture
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("_short_timing")

@@ -54,7 +54,7 @@ X = torch.randn(2, 3, 6, 6)
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 def kept(model, graph, **wishes):

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 import secateur as sc
 from nets import Net, build, conv
-from secateur import api
 from secateur.apply.blame import relative_error
 from secateur.apply.depth import Skip
 from secateur.apply.shrink import carry_out
@@ -33,7 +32,7 @@ from secateur.graph.trace import run
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 # --- finding ---------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from layered import (
 from torch import nn
 
 import secateur as sc
-from secateur import api
 from secateur.apply.blame import relative_error
 from secateur.apply.shrink import carry_out
 from secateur.graph.trace import run
@@ -22,7 +21,7 @@ from secateur.graph.trace import run
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 # --- real classes ----------------------------------------------------------------------------------

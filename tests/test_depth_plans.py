@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import secateur as sc
 from nets import build
-from secateur import api, cli
+from secateur import cli
 from secateur.apply.blame import relative_error
 from secateur.apply.shrink import carry_out
 from secateur.depth import make
@@ -39,7 +39,7 @@ from secateur.tasks import Classification
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 # --- scores ----------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_narrower_heads_take_the_scale_into_the_query(transformers, name, tmp_pa
 
 
 def test_what_a_configuration_cannot_say_is_left_out_of_it(transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
     model, inputs = build(transformers, "llama")
     result = api.prune(model, inputs, budget="params=60%")
     assert result.form == "module"
@@ -194,7 +194,7 @@ def test_what_a_configuration_cannot_say_is_left_out_of_it(transformers, tmp_pat
 
 
 def test_a_saved_model_has_its_new_configuration(transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
     model, inputs = build(transformers, "mistral")
     ignore = wishes_of(analyze(model, inputs), WIDTHS)["ignore"]
     result = api.prune(model, inputs, budget="params=60%", allocate="uniform", ignore=ignore)

@@ -26,7 +26,7 @@ def load(name, file="nets"):
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])

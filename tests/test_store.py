@@ -13,7 +13,7 @@ from secateur.errors import DataError, PlanError, PruneError
 
 @pytest.fixture(autouse=True)
 def _short_timing(monkeypatch):
-    monkeypatch.setattr(api, "SECONDS", 0.02)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
 
 
 def saved(tmp_path, net="plain", **wishes):

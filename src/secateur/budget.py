@@ -14,7 +14,8 @@ A fraction is written ``50%`` or ``0.5``.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from secateur.errors import SpecError
@@ -50,6 +51,22 @@ class Budget:
 def kept_count(sparsity: Fraction, total: int) -> int:
     """How many of ``total`` stay at that sparsity, in exact arithmetic: never too many."""
     return int((1 - sparsity) * total)
+
+
+def rounds(budget: Budget, number: int) -> Iterator[Budget]:
+    """The way to a budget in rounds that each keep the same part of what the one before left; the last is the budget.
+
+    Raises SpecError for a budget that is no part of the dense model.
+    """
+    kinds = ("sparsity", "params", "macs", "size")
+    if not (budget.relative and budget.kind in kinds):
+        raise SpecError(f"budget {str(budget)!r} cannot be split into rounds; expected a part, such as macs=50%")
+    removes = budget.kind == "sparsity"
+    left = 1 - budget.value if removes else budget.value
+    for done in range(1, number):
+        now = Fraction(round(float(left) ** (done / number), 6)).limit_denominator(10**6)
+        yield replace(budget, value=1 - now if removes else now)
+    yield budget
 
 
 def parse(text: str) -> Budget:

@@ -78,9 +78,12 @@ Criterion = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="sparsity=90%, params=50%, macs=50%, size=10MB, latency=50%, latency=5ms or threshold=1e-3. "
-        "Patterns such as 2:4 need none."
+        help="sparsity=90%, params=50%, macs=50%, size=10MB, latency=50%, latency=5ms or threshold=1e-3; or "
+        "max_drop=1%: the smallest model shown to lose no more. Patterns such as 2:4 need none."
     ),
+]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")
 ]
 Override = Annotated[
     list[str] | None,
@@ -90,6 +93,10 @@ Minimum = Annotated[
     list[str] | None,
     typer.Option(metavar="[GLOB=]N", help="Units that axes keep at least, such as 16, 25% or 'layer1.*=16'."),
 ]
+Reconstruct = Annotated[
+    str | None, typer.Option(help="Compensate before any training: bias, least_squares or blockwise.")
+]
+Rounds = Annotated[int, typer.Option(min=1, help="Reach the budget in rounds of pruning and epochs.")]
 Schedule = Annotated[str, typer.Option(help="Of the learning rate: cosine, rewind or module:function.")]
 Optimizer = Annotated[str, typer.Option(help="sgd, or module:function such as torch.optim:AdamW.")]
 Accumulate = Annotated[int, typer.Option(metavar="N", help="Batches that make one step.")]
@@ -162,13 +169,13 @@ def prune(
     budget: Budget = None,
     criterion: Criterion = None,
     allocate: Annotated[str, typer.Option(help="global, uniform, erk, sensitivity or module:function.")] = "global",
-    ignore: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Weights, axes or blocks to leave alone; repeatable.")
-    ] = None,
+    ignore: Ignore = None,
     override: Override = None,
     minimum: Minimum = None,
     tie: Tie = None,
     free_output: FreeOutput = None,
+    reconstruct: Reconstruct = None,
+    rounds: Rounds = 1,
     epochs: Annotated[int, typer.Option(min=0, help="Epochs of fine-tuning with distillation.")] = 0,
     lr: Annotated[float, typer.Option(help="Highest learning rate of the epochs.")] = 0.01,
     amp: Annotated[bool, typer.Option("--amp", help="Fine-tune in bfloat16 where that is safe.")] = False,
@@ -199,6 +206,8 @@ def prune(
         ignore=tuple(ignore or ()),
         overrides=dict(map(_part, override or ())),
         minimum=dict(map(_least, minimum)) if minimum else 1,
+        reconstruct=reconstruct,
+        rounds=rounds,
         epochs=epochs,
         lr=lr,
         amp=amp,

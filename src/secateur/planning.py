@@ -94,9 +94,7 @@ def _read(pattern: str, budget: str | None, graph: Graph) -> tuple[Pattern, Budg
     """Pattern and budget, where plans of this module can be about them."""
     shape, wish = patterns.parse(pattern), parse_budget(budget) if budget is not None else None
     if wish is not None and wish.kind == "max_drop":
-        raise SpecError(
-            f"{wish} is no budget of this version; name a size, such as macs=50%, and read the drop it costs"
-        )
+        raise SpecError(f"{wish} is a promise about a finished model, not a size; use prune(..., budget={str(wish)!r})")
     if wish is not None and wish.kind == "macs" and graph.program.hidden:
         raise BudgetError(f"{wish} cannot be counted: {graph.program.hidden[0]}; use a budget of params or size")
     if isinstance(shape, Layer | Both):

@@ -1,0 +1,145 @@
+"""The promise ``max_drop=1%``: the smallest model whose score is shown to drop no more than that.
+
+The validation batches are split in two, every other one. On one half candidates are chosen: a bisection over how much
+stays looks for the smallest whose drop is below the limit with 95 % confidence, paired on the same examples. On the
+other half, which has chosen nothing, not even an epoch of fine-tuning, the candidates that passed are then tested from
+the largest to the smallest; the first that fails ends it, and the last one that passed is returned. Tests in an order
+that was fixed without their data need no correction for their number (fixed-sequence testing, Maurer et al. 1995;
+Angelopoulos et al. 2021, "Learn then Test").
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Any
+
+from secateur.errors import DataError
+from secateur.progress import track
+from secateur.tasks import Interval, Scores, Task, paired_difference
+from secateur.tasks.intervals import Z95
+
+TRIES = 7
+"""Candidates that are pruned, recovered and evaluated."""
+
+CHOOSING, CHECKING = 0, 1
+
+Half = Callable[[int], Scores]
+"""The scores of a model on one half of the validation examples, or on the other."""
+
+
+class HalfTask:
+    """A task of whose validation batches only every other one is there."""
+
+    def __init__(self, task: Task, half: int) -> None:
+        self._task, self._half = task, half
+
+    def batches(self, split: str) -> Iterator[tuple[Any, Any]]:
+        """Raises DataError where there is only one validation batch, or none."""
+        mine = itertools.islice(self._task.batches(split), self._half, None, 2)
+        found = iter(mine if split == "validation" else self._task.batches(split))
+        first = next(found, None)
+        if first is None and split == "validation":
+            raise DataError(
+                "max_drop= splits the validation batches in two, one half to choose on and one to check on, and there "
+                "are fewer than two; give more validation examples, or smaller batches"
+            )
+        yield from () if first is None else itertools.chain([first], found)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """``part`` is what stays of the dense model; its paired drop on the half that chooses, and, where it came so far,
+    on the half that checks."""
+
+    part: float
+    chosen: Interval
+    checked: Interval | None = None
+
+    def __str__(self) -> str:
+        said = f"{self.part:.1%}: drop {_points(self.chosen)} where it was chosen"
+        return said + (f", {_points(self.checked)} where it was checked" if self.checked else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Every candidate, largest first, and the one that keeps the promise; None where none does."""
+
+    limit: float
+    candidates: tuple[Candidate, ...]
+    kept: Candidate | None
+
+    def told(self, kind: str) -> tuple[str, str]:
+        """The promise in words, for a report. ``kind`` is what the parts are of."""
+        tried = f"Tried, by what stays of {kind}: {'; '.join(map(str, self.candidates))}."
+        if self.kept is not None and self.kept.checked is not None:
+            drop = _points(self.kept.checked)
+            return (
+                f"With 95 % confidence this model loses at most {100 * self.limit:.4g} points: on the validation half "
+                f"that had no part in choosing it, paired with the dense model, it loses {drop}.",
+                tried,
+            )
+        near = min(self.candidates, key=lambda c: c.chosen.value)
+        return (
+            f"No model could be shown to lose at most {100 * self.limit:.4g} points, so the dense model was left as it "
+            f"is. The nearest keeps {near.part:.1%} of {kind} and loses {_points(near.chosen)} where it was chosen.",
+            tried,
+        )
+
+
+def keep(before: Half, attempt: Callable[[float], Half], limit: float, least: float, largest: float = 1.0) -> Verdict:
+    """Find the smallest model that keeps the promise.
+
+    before: the dense model's scores. attempt: from the part that stays to the scores of such a model, on the same
+    examples. limit: the drop of the mean score that may be. Parts from ``least`` to ``largest`` are possible.
+
+    Raises DataError where the examples are too few to show anything.
+    """
+    for half in (CHOOSING, CHECKING):
+        _require_enough(before(half), limit)
+    found: dict[float, tuple[Interval, Half]] = {}
+    low, high, part = least, largest, min(max(least, 0.5), largest)
+    for _ in track(range(TRIES), "Keeping the promise"):
+        scores = attempt(part)
+        found[part] = paired_difference(before(CHOOSING), scores(CHOOSING)), scores
+        low, high = (low, part) if found[part][0].high <= limit else (part, high)
+        if high <= low * 1.02:
+            break
+        part = sqrt(low * high)
+    return _checked(before, found, limit)
+
+
+def _checked(before: Half, found: Mapping[float, tuple[Interval, Half]], limit: float) -> Verdict:
+    candidates: list[Candidate] = []
+    kept: Candidate | None = None
+    going = True
+    for part in sorted(found, reverse=True):
+        chosen, scores = found[part]
+        checked = None
+        if going and chosen.high <= limit:
+            checked = paired_difference(before(CHECKING), scores(CHECKING))
+            going = checked.high <= limit
+        candidates.append(Candidate(part, chosen, checked))
+        kept = candidates[-1] if checked is not None and going else kept
+    return Verdict(limit, tuple(candidates), kept)
+
+
+def _require_enough(before: Scores, limit: float) -> None:
+    """Raise DataError where even a model that answers like the dense one could not be shown to keep the promise."""
+    if limit > 0 and len(before) > 1 and paired_difference(before, before).high <= limit:
+        return
+    advice = f"at least {2 * ceil(sqrt(2) * Z95 / limit)} would do" if limit > 0 else "name a limit above 0"
+    raise DataError(
+        f"max_drop={100 * limit:.4g}% cannot be shown: one half of the validation batches, of which one half chooses "
+        f"and one checks, has {len(before)} examples, on which even an equal model may lose more with 95 % confidence; "
+        f"{advice} in both together, more where the models differ"
+    )
+
+
+def _points(drop: Interval) -> str:
+    return f"{100 * drop.value:.2f} points (at most {100 * drop.high:.2f})"

@@ -94,7 +94,7 @@ def digest(tree: Tree) -> str:
 def _pack(value: Tree, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; its tensors go into ``tensors``, under their paths."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}
     if isinstance(value, np.ndarray):
         return value.tolist()

@@ -18,7 +18,7 @@ from secateur.progress import note, track
 from secateur.recover import checkpoint
 from secateur.recover.options import Recovery
 from secateur.recover.randomness import restore, seed_all, untouched
-from secateur.recover.run import Epoch, Run, put_, snapshot
+from secateur.recover.run import Epoch, Run, put_, tensors_of
 from secateur.tasks import Task, clone, device_of, mode
 
 _END = object()
@@ -190,8 +190,8 @@ def _about(run: Run) -> dict[str, Any]:
     return {
         **run.how.identity(),
         "optimizer": f"{_kind(run.optimizer)} {groups}",
-        "model": f"{_kind(run.student)} {checkpoint.digest([trained, list(snapshot(run.student).items())])}",
-        "teacher": run.teacher and f"{_kind(run.teacher)} {checkpoint.digest(list(snapshot(run.teacher).items()))}",
+        "model": f"{_kind(run.student)} {checkpoint.digest([trained, list(tensors_of(run.student).items())])}",
+        "teacher": run.teacher and f"{_kind(run.teacher)} {checkpoint.digest(list(tensors_of(run.teacher).items()))}",
         "plan": checkpoint.digest([v for _, v in sorted(run.masks.items())]),
         "task": _kind(run.task),
         "data": f"{train} {_first(run, 'validation')}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -143,8 +143,9 @@ class Run:
             return
         decay = min(self.how.ema, self.at.applied / (9 + self.at.applied))
         with torch.no_grad():
-            pairs = zip(_tensors(self.judged), _tensors(self.student), strict=True)
-            for (_, mean), (_, value) in pairs:
+            values = tensors_of(self.student)
+            for name, mean in tensors_of(self.judged).items():
+                value = values[name]
                 if mean.is_floating_point():
                     mean.lerp_(value, 1 - decay)
                 else:
@@ -159,12 +160,12 @@ class Run:
         return score, better
 
     def state(self) -> Tree:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on; tensors are the run's own, not copies."""
         optimizer = self.optimizer.state_dict()
         return {
             "at": asdict(self.at),
-            "weights": snapshot(self.student),
-            "average": snapshot(self.judged) if self.how.ema is not None else {},
+            "weights": tensors_of(self.student),
+            "average": tensors_of(self.judged) if self.how.ema is not None else {},
             "best": self.best,
             "optimizer": optimizer["state"],
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
@@ -189,20 +190,21 @@ class Run:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, tied ones once."""
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+    """Copies of all parameters and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
 def put_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Write a snapshot's values into the model's own tensors."""
-    tensors = dict(_tensors(model))
+    tensors = tensors_of(model)
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, tied ones once."""
+    return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
 def _examples(batch: Any) -> int:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import common
@@ -146,6 +147,52 @@ def _depth(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         )
 
 
+def _criteria(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """A row per criterion and allocation, the networks side by side."""
+    columns = sorted({(row["net"], key) for row in rows.values() for key in row if key.startswith("macs=")})
+    yield ("criterion", "scores of a unit", "allocation", *(f"{net}, {budget}" for net, budget in columns))
+    found: dict[tuple[str, str, str], dict[tuple[str, str], float]] = {}
+    for row in rows.values():
+        here = found.setdefault((row["criterion"], row["pooled"], row["allocate"]), {})
+        here.update({(row["net"], key): value for key, value in row.items() if key.startswith("macs=")})
+    for names, values in found.items():
+        yield (*names, *(f"{100 * values[column]:.1f}" if column in values else "-" for column in columns))
+
+
+def _costs(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """Ratios to the first row, with the lowest and highest of all rounds."""
+    nets = [name for name in next(iter(rows.values())) if name != "seconds"]
+    yield ("", *nets)
+    for name, row in rows.items():
+        yield (name, *("{:.1f} ({:.1f} to {:.1f})".format(*row[net]) for net in nets))
+
+
+def _channels(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """A line for each network, ratio and method: the means over its seeds. What choices went by is left out."""
+    stages = ("pruned", "recalibrated", "least_squares", "blockwise", "recovered")
+    trained = max((row.get("epochs", 0) for row in rows.values()), default=0)
+    yield (
+        *("network", "MACs fewer", "method", "dense", "pruned", "recalibrated", "least squares", "blockwise"),
+        *(f"{trained} epochs", "drop (95 %)", "parameters left", "MACs left"),
+    )
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for key, row in rows.items():
+        net, point, *method = key.split()
+        if net != "choice" and point != "dense":
+            name = "half of each block" if point == "half" else " ".join(method[:-1])
+            groups.setdefault((net, point, name), []).append(row)
+    for (net, point, method), group in sorted(groups.items(), key=lambda item: item[0][:2]):
+        found = {s: had for s in stages if (had := [row["stages"][s] for row in group if s in row["stages"]])}
+        drops = zip(*(stage["drop"] for stage in list(found.values())[-1]), strict=True)
+        yield (
+            *(net, "-" if point == "half" else point, method),
+            f"{100 * rows[f'{net} dense']['stages']['dense']['test']:.1f}",
+            *(f"{100 * fmean(stage['test'] for stage in found[s]):.1f}" if s in found else "-" for s in stages),
+            "{:.1f} ({:.1f} to {:.1f})".format(*(100 * fmean(values) for values in drops)),
+            *(f"{fmean(row[what][1] / row[what][0] for row in group):.1%}" for what in ("params", "macs")),
+        )
+
+
 def _plain(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     """Every field, as it is."""
     heads = list(next(iter(rows.values())))
@@ -169,6 +216,9 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "real_nets": _real,
     "scale": _scale,
     "depth": _depth,
+    "cifar_channel": _channels,
+    "criteria": _criteria,
+    "criteria_cost": _costs,
 }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nets import build
-from secateur.criteria import BUILT_IN, score
+from secateur.criteria import BUILT_IN, gives_losses, in_loss_units, score
 from secateur.graph import analyze
 from secateur.planning import make
 from secateur.stats import gradients
@@ -133,48 +133,69 @@ def test_blocks_lie_along_the_outputs_of_a_weight():
     torch.testing.assert_close(found[0].transpose(0, 1), found[1])
 
 
-def test_obd_approaches_the_diagonal_of_the_hessian():
-    """Every batch is the same one, so that all that differs is the probe."""
-    model, x, _ = small(sizes=(2, 2, 2), n=4)
-    y = torch.arange(4) % 2
-    many = 600
-    task = Classification((x, y), (x, y), (x, y), (x.repeat(many, 1), y.repeat(many)), batch_size=4)
-    weight = model[0].weight
-    names = ("0.weight", "2.weight")
-    start = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+def diagonal_of_the_hessian(model, loss, x):
+    names = [n for n, _ in model.named_parameters()]
+    shapes = [p.shape for p in model.parameters()]
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    def loss(flat):
-        values = {n: part.view(2, 2) for n, part in zip(names, flat.split(4), strict=True)}
-        return F.cross_entropy(torch.func.functional_call(model, values, x), y)
+    def of(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
+        return loss(torch.func.functional_call(model, values, x))
 
-    hessian = torch.autograd.functional.hessian(loss, start)
-    spread = ((hessian.square().sum(1) - hessian.diag().square()) / many).sqrt()  # of Hutchinson's estimate
-    found = scores(model, x, "obd", task)
-    estimate = torch.cat([2 * found[n].flatten() / model.get_parameter(n).detach().flatten().square() for n in names])
-    assert bool(((estimate - hessian.diag()).abs() < 4.5 * spread + 1e-6).all())
-    assert bool((hessian.diag().abs()[: weight.numel()] > 5 * spread[: weight.numel()]).any())
+    return torch.autograd.functional.hessian(of, start).diagonal()
 
 
-def test_obd_is_exact_where_weights_do_not_interact():
+def test_obd_approaches_the_diagonal_of_the_hessian(monkeypatch):
+    """Of a network of ReLU, in which each single weight has a piecewise linear effect. What differs are the probes."""
+    many = 1500
+    monkeypatch.setattr(gradients, "PROBES", many)
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    x, y = torch.randn(5, 3), torch.arange(5) % 3
+    hessian = diagonal_of_the_hessian(model, lambda z: F.cross_entropy(z, y), x)
+    found = scores(model, x, "obd", Classification((x, y), (x, y), (x, y), (x, y)))
+    expected = torch.cat([p.detach().flatten().square() for p in model.parameters()]) * hessian / 2
+    estimate = torch.cat([found[n].flatten() for n in ("0.weight", "2.weight")])
+    # the square of a sum of signs spreads by at most sqrt(2) of its mean
+    torch.testing.assert_close(estimate, expected, rtol=4.5 * (2 / many) ** 0.5, atol=1e-7)
+    assert int((expected > 1e-4).sum()) > 10
+
+
+def test_obd_averages_over_batches():
+    model = nn.Linear(2, 3, bias=False)
+    x, y = torch.randn(6, 2), torch.arange(6) % 3
+    parts = [
+        scores(model, x, "obd", Classification((x, y), (x, y), (x, y), (x[at], y[at])))["weight"]
+        for at in (slice(0, 4), slice(4, 6))
+    ]
+    both = scores(model, x, "obd", Classification((x, y), (x, y), (x, y), (x, y), batch_size=4))["weight"]
+    assert both.shape == (3, 2)
+    assert bool((both >= parts[0] / 2 - 1e-7).all()), "the first batch has the same probes"
+
+
+def test_obd_is_exact_where_outputs_do_not_interact():
     class Squares(Classification):
         def loss(self, output, target):
             return output.square().mean()
 
-    x, y = torch.randn(8, 1), torch.zeros(8, dtype=torch.long)
+    x, y = torch.randn(2, 1), torch.zeros(2, dtype=torch.long)
     model = nn.Linear(1, 3, bias=False)
-    found = scores(model, x, "obd", Squares((x, y), (x, y), (x, y), (x, y), batch_size=4))["weight"]
+    found = scores(model, x, "obd", Squares((x, y), (x, y), (x, y), (x, y), batch_size=1))["weight"]
     second = 2 * x.square().mean() / 3
     torch.testing.assert_close(found, model.weight.detach().square() * second / 2)
 
 
-def test_obd_of_a_loss_without_curvature_is_zero():
-    class Mean(Classification):
+def test_obd_of_a_loss_without_curvature_or_with_the_other_is_zero():
+    class Bent(Classification):
         def loss(self, output, target):
-            return output.mean()
+            return self.by(output)
 
     x, y = torch.randn(8, 2), torch.zeros(8, dtype=torch.long)
-    found = scores(nn.Linear(2, 3), x, "obd", Mean((x, y), (x, y), (x, y)))["weight"]
-    assert found.count_nonzero() == 0
+    for by in (torch.mean, lambda out: -out.square().mean()):
+        task = Bent((x, y), (x, y), (x, y))
+        object.__setattr__(task, "by", by)
+        found = scores(nn.Linear(2, 3), x, "obd", task)["weight"]
+        torch.testing.assert_close(found, torch.zeros(3, 2), atol=1e-6, rtol=0)
 
 
 # --- laws ------------------------------------------------------------------------------------------
@@ -188,7 +209,6 @@ def test_scaling_scores_changes_nothing(criterion, pattern):
     x = torch.randn(8, *inputs.shape[1:])
     split = (x, torch.arange(8) % 4)
     once = score(model, graph, criterion, Classification(split, split, split, split, batch_size=4))
-    built_in = BUILT_IN[criterion]
 
     def scaled(weight, stats):
         return 8 * once[stats.name]
@@ -196,8 +216,9 @@ def test_scaling_scores_changes_nothing(criterion, pattern):
     def same(weight, stats):
         return once[stats.name]
 
-    for function in (scaled, same):
-        function.pooled = getattr(built_in, "pooled", "mean")
+    if gives_losses(criterion):
+        in_loss_units(scaled)
+        in_loss_units(same)
     budget = "params=60%" if pattern == "channel" else "sparsity=60%"
     one, other = (make(model, graph, pattern=pattern, budget=budget, criterion=f) for f in (same, scaled))
     assert one.allocation == other.allocation

@@ -211,9 +211,10 @@ class Counted(Classification):
     ("needs", "losses"),
     [
         (["activation", "active", "norm_scale"], []),
-        (["grad_abs", "hessian", "activation"], [4, 2]),
+        (["grad_abs", "activation"], [4, 2]),
+        (["curvature"], [4, 4, 2, 2]),
         (["grad_square", "fisher_inverse"], [1] * 6),
-        (list(COLLECTED), [4, 1, 1, 1, 1, 2, 1, 1]),
+        (list(COLLECTED), [4, 4, 1, 1, 1, 1, 2, 2, 1, 1]),
     ],
 )
 def test_everything_comes_from_one_pass(needs, losses, monkeypatch):
@@ -270,19 +271,43 @@ def test_half_precision_is_summed_in_single():
     )
 
 
-def test_attention_is_derived_twice():
-    class Attention(nn.Module):
+def test_curvature_of_outputs_that_are_not_one_tensor():
+    class Several(nn.Module):
         def __init__(self):
             super().__init__()
-            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
 
         def forward(self, x):
-            q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
-            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+            hidden = self.a(x).relu()
+            return {"logits": self.b(hidden), "hidden": hidden.sum(1), "length": len(x)}
 
-    model, x = Attention(), torch.randn(4, 5, 8)
-    found = collect(model, analyze(model, x), ["hessian"], task_of(x))
-    assert found["qkv.weight"]["hessian"].abs().sum() > 0
+    class Named(Classification):
+        def loss(self, output, target):
+            assert output["length"] == len(target)
+            return super().loss(output["logits"], target) + output["hidden"].square().mean()
+
+    class Joined(Classification):
+        def loss(self, output, target):
+            return super().loss(output[:, :3], target) + output[:, 3].square().mean()
+
+    class One(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            out = self.inner(x)
+            return torch.cat([out["logits"], out["hidden"][:, None]], 1)
+
+    model, x = Several(), torch.randn(6, 4)
+    split = (x, torch.arange(6) % 3)
+    one = One(model)
+    found = collect(model, analyze(model, x), ["curvature"], Named(split, split, split))
+    expected = collect(one, analyze(one, x), ["curvature"], Joined(split, split, split))
+    # the outputs of a mapping are in another order, so other signs fall on them
+    for name in ("a.weight", "b.weight"):
+        ratio = found[name]["curvature"].sum() / expected[f"inner.{name}"]["curvature"].sum()
+        assert 0.3 < ratio < 3
 
 
 # --- data that do not fit --------------------------------------------------------------------------
@@ -382,30 +407,27 @@ def test_a_weight_used_in_parts_is_refused():
         collect(model, analyze(model, x), ["activation"], task_of(x))
 
 
-def test_no_second_derivative_is_refused():
-    class Refusing(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
+def test_outputs_that_are_too_many_for_their_hessian_are_refused(monkeypatch):
+    monkeypatch.setattr(gradients, "OUTPUTS", 4)
+    model, inputs = build("plain")
+    with pytest.raises(DataError, match="the model gives 5 numbers per example, more than the 4 .* use 'fisher'"):
+        collect(model, analyze(model, inputs), ["curvature"], task_of(torch.randn(4, *inputs.shape[1:]), 5))
 
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("no second derivative here")
 
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return Refusing.apply(grad)
-
-    class Odd(Classification):
+def test_outputs_that_are_not_of_examples_are_refused():
+    class Mean(Classification):
         def loss(self, output, target):
-            return Once.apply(super().loss(output, target)).exp()
+            return output
 
-    model, x = nn.Linear(4, 3), torch.randn(4, 4)
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x).mean()
+
+    model, x = Scalar(), torch.randn(4, 4)
     split = (x, torch.arange(4) % 3)
-    with pytest.raises(DataError, match=r"cannot be derived twice: no second derivative here; use criterion='fisher'"):
-        collect(model, analyze(model, x), ["hessian"], Odd(split, split, split, split))
+    with pytest.raises(DataError, match="needs outputs with one row per example; use 'fisher'"):
+        collect(model, analyze(model, x), ["curvature"], Mean(split, split, split))

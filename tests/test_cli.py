@@ -26,6 +26,10 @@ def data():
     x, y = torch.randn(48, 3, 8, 8), torch.randint(4, (48,))
     return Classification(train=(x[:16], y[:16]), validation=(x[16:32], y[16:32]), test=(x[32:], y[32:]))
 
+def reader():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(256, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 256))
+
 def crashing():
     raise RuntimeError("weights are gone")
 """
@@ -108,6 +112,20 @@ def test_a_fine_tuning_is_kept_and_its_options_are_read_before_anything_is_prune
     assert Path("kept/recover.safetensors").stat().st_mtime_ns == written
     assert "temperature was 4.0, is now 2.0" in mistake("prune", *words, "--temperature", "2")
     assert mistake("prune", *words[:-1], "1.5").startswith("secateur: ema is 1.5, expected a decay between 0 and 1")
+
+
+def test_a_text_file_gives_a_language_model_its_perplexity() -> None:
+    Path("a.txt").write_text("the cat sat on the mat. " * 60)
+    words = ["small.py:reader", "--data", "a.txt", "--budget", "params=90%", "--out", "out"]
+    words += ["--epochs", "2", "--lr", "0.5"]
+    rows = json.loads(secateur("prune", *words, "--json").stdout)["rows"]
+    assert [row["stage"] for row in rows] == ["dense", "pruned", "recovered"]
+    assert rows[-1]["metrics"]["perplexity"] < rows[0]["metrics"]["perplexity"]
+    assert "perplexity" in secateur("report", "out").stdout
+    again = json.loads(
+        secateur("bench", "out", "--against", "small.py:reader", "--data", "a.txt", "--seconds", "0.1", "--json").stdout
+    )
+    assert [row["metrics"] for row in again["rows"]] == [rows[0]["metrics"], rows[-1]["metrics"]]
 
 
 def test_minimum_tie_and_free_output_reach_the_plan() -> None:

@@ -143,12 +143,22 @@ def judged(b: Bench, model: nn.Module) -> Row:
 
 def left(b: Bench, model: nn.Module) -> Row:
     """Parameters and multiply-adds of an image, dense and of the result."""
-    both, images = (b.graph.cost(), cost(b, model)), len(b.graph.inputs)
-    return {"params": [c.params for c in both], "macs": [c.macs // images for c in both]}
+    both = (b.graph.cost(), cost(b, model))
+    return {"params": [c.params for c in both], "macs": [macs(b, c) for c in both]}
 
 
 def cost(b: Bench, model: nn.Module) -> Cost:
     return analyze(model, b.graph.inputs).cost()
+
+
+def macs(b: Bench, found: Cost) -> int:
+    """Of one image."""
+    return found.macs // len(b.graph.inputs)
+
+
+def limit(b: Bench, ratio: float) -> int:
+    """The multiply-adds of an image that may be left."""
+    return int(macs(b, b.graph.cost()) / ratio)
 
 
 # --- how it is made --------------------------------------------------------------------------------
@@ -160,7 +170,7 @@ def untrained(net: str, ratio: float, method: str, seed: int, how: How) -> Model
     b = bench(net)
     if method == "small dense":
         torch.manual_seed(seed)
-        return {"small": nets.ResNet(BLOCKS[net], narrow(b, ratio)).to(b.graph.inputs.device)}
+        return {"small": nets.ResNet(BLOCKS[net], narrow(BLOCKS[net], limit(b, ratio))).to(b.graph.inputs.device)}
     if method.startswith("tp"):
         return recalibrated(b, torch_pruning(b, ratio, how))
     return compensated(b, planned(b, ratio, how, seed))
@@ -171,7 +181,7 @@ def planned(b: Bench, ratio: float, how: How, seed: int = 0) -> Plan:
     return planning.make(
         b.model,
         b.graph,
-        budget=f"macs={int(b.graph.cost().macs / ratio)}",
+        budget=f"macs={limit(b, ratio) * len(b.graph.inputs)}",
         criterion=criterion if criterion == "random" else scored(b.name, criterion),
         allocate=strategy(b.name, criterion) if allocate == "sensitivity" else allocate,
         ignore=[STREAM] if axes == "inner" else [],
@@ -222,11 +232,11 @@ def recalibrated(b: Bench, model: nn.Module) -> Models:
 
 def torch_pruning(b: Bench, ratio: float, how: How) -> nn.Module:
     """The lowest ``pruning_ratio`` that has the multiply-adds, to one thousandth."""
-    low, high, found, limit = 0.0, 1.0, None, b.graph.cost().macs / ratio
+    low, high, found = 0.0, 1.0, None
     while high - low > 1e-3:
         part = (low + high) / 2
         model = step_of_torch_pruning(b, part, how)
-        if cost(b, model).macs <= limit:
+        if macs(b, cost(b, model)) <= limit(b, ratio):
             high, found = part, model
         else:
             low = part
@@ -265,9 +275,8 @@ def step_of_torch_pruning(b: Bench, part: float, how: How) -> nn.Module:
     return model
 
 
-def narrow(b: Bench, ratio: float) -> Widths:
-    """The widths near 1 : 2 : 4 with the most multiply-adds within the limit."""
-    limit = b.graph.cost().macs / len(b.graph.inputs) / ratio
+def narrow(blocks: int, limit: float) -> Widths:
+    """The widths near 1 : 2 : 4 with the most multiply-adds of an image up to ``limit``."""
     near = [
         (first, second, third)
         for first in range(1, 17)
@@ -275,7 +284,7 @@ def narrow(b: Bench, ratio: float) -> Widths:
         for third in range(4 * first - 3, 4 * first + 4)
         if first % 2 == second % 2 == third % 2
     ]
-    return max((w for w in near if products(BLOCKS[b.name], w) <= limit), key=partial(products, BLOCKS[b.name]))
+    return max((w for w in near if products(blocks, w) <= limit), key=partial(products, blocks))
 
 
 def products(blocks: int, widths: Widths) -> int:

@@ -100,29 +100,30 @@ def keep(before: Half, attempt: Callable[[float], Half], limit: float, least: fl
 
     Raises DataError where the examples are too few to show anything.
     """
-    for half in (CHOOSING, CHECKING):
-        _require_enough(before(half), limit)
+    dense = {half: before(half) for half in (CHOOSING, CHECKING)}
+    for scores in dense.values():
+        _require_enough(scores, limit)
     found: dict[float, tuple[Interval, Half]] = {}
     low, high, part = least, largest, min(max(least, 0.5), largest)
     for _ in track(range(TRIES), "Keeping the promise"):
-        scores = attempt(part)
-        found[part] = paired_difference(before(CHOOSING), scores(CHOOSING)), scores
+        small = attempt(part)
+        found[part] = paired_difference(dense[CHOOSING], small(CHOOSING)), small
         low, high = (low, part) if found[part][0].high <= limit else (part, high)
         if high <= low * 1.02:
             break
         part = sqrt(low * high)
-    return _checked(before, found, limit)
+    return _checked(dense[CHECKING], found, limit)
 
 
-def _checked(before: Half, found: Mapping[float, tuple[Interval, Half]], limit: float) -> Verdict:
+def _checked(dense: Scores, found: Mapping[float, tuple[Interval, Half]], limit: float) -> Verdict:
     candidates: list[Candidate] = []
     kept: Candidate | None = None
     going = True
     for part in sorted(found, reverse=True):
-        chosen, scores = found[part]
+        chosen, small = found[part]
         checked = None
         if going and chosen.high <= limit:
-            checked = paired_difference(before(CHECKING), scores(CHECKING))
+            checked = paired_difference(dense, small(CHECKING))
             going = checked.high <= limit
         candidates.append(Candidate(part, chosen, checked))
         kept = candidates[-1] if checked is not None and going else kept

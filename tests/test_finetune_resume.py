@@ -142,6 +142,12 @@ def other(**changes):
     return recover(arguments.pop("model"), arguments.pop("task"), **arguments)
 
 
+def partly_frozen():
+    model = network(0)
+    model[4].bias.requires_grad_(False)
+    return model
+
+
 class Renamed(Classification):
     pass
 
@@ -157,10 +163,11 @@ CHANGES = {
     r"amp was None, is now torch\.bfloat16": {"amp": True},
     r"schedule was \[0\.0": {"schedule": lambda done: 1.0},
     r"optimizer was SGD .*, is now Adam ": {"optimizer": torch.optim.Adam},
-    r"model was Sequential \w{12}, is now Sequential \w{12}\.": {"model": network(1)},
+    r"model was Sequential \w{12} \w{12}, is now Sequential \w{12} \w{12}\.": {"model": network(1)},
+    r"model was Sequential \w{12} \w{12}, is now Sequential": {"model": partly_frozen()},
     r"teacher was Sequential \w{12}, is now Sequential": {"teacher": network(1)},
     r"teacher was Sequential \w{12}, is now None": {"teacher": None},
-    r"plan was \w{12}, is now": {"plan": None},
+    r"plan was \w{12}, is now None": {"plan": None},
     r"task was Classification, is now Renamed": {"task": Renamed((X, Y), **SPLITS)},
     r"data was \w{12} \w{12}, is now": {"task": Classification((X, 2 - Y), **SPLITS)},
     r"data was .*another folder, or delete it": {"task": Classification((X, Y), **SPLITS | {"validation": (X, Y)})},

@@ -190,9 +190,9 @@ def _about(run: Run) -> dict[str, Any]:
     return {
         **run.how.identity(),
         "optimizer": f"{_kind(run.optimizer)} {groups}",
-        "model": f"{_kind(run.student)} {checkpoint.digest([trained, list(tensors_of(run.student).items())])}",
-        "teacher": run.teacher and f"{_kind(run.teacher)} {checkpoint.digest(list(tensors_of(run.teacher).items()))}",
-        "plan": checkpoint.digest([v for _, v in sorted(run.masks.items())]),
+        "model": f"{_weights(run.student)} {checkpoint.digest(trained)}",
+        "teacher": None if run.teacher is None else _weights(run.teacher),
+        "plan": checkpoint.digest(sorted(run.masks.items())) if run.masks else None,
         "task": _kind(run.task),
         "data": f"{train} {_first(run, 'validation')}",
     }
@@ -202,6 +202,10 @@ def _first(run: Run, split: str) -> str:
     with untouched(run.device):
         restore(run.data.state, run.device)
         return checkpoint.digest(next(iter(run.task.batches(split)), None))
+
+
+def _weights(model: nn.Module) -> str:
+    return f"{_kind(model)} {checkpoint.digest(list(tensors_of(model).items()))}"
 
 
 def _kind(value: object) -> str:

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from secateur.errors import DataError, MissingExtra
-from secateur.report import Frozen, Law, Layer, Report, Row
+from secateur.report import Frozen, Law, Layer, Point, Report, Row
 from secateur.tasks import Interval
 
 EVIL = "</script><script>alert('x')</script>&\"$title ${x} ü"
@@ -39,6 +39,7 @@ def full(name="conv1.weight"):
         Law(3.1e-7, 1e-4, f"the zeroed original {name}"),
         {"pattern": "channel", "seed": 0, name: name},
         (f"a note {name}",),
+        tried=tuple(Point(f"series {name}", left, Interval(left, left / 2, 1.0)) for left in (0.2, 0.5)),
     )
 
 

@@ -23,6 +23,7 @@ from secateur.plan import Plan
 from secateur.planning import Least
 from secateur.promise import CHECKING, CHOOSING, Half, HalfTask, keep
 from secateur.recover import Recovery
+from secateur.report import Point
 from secateur.report.log import Log
 from secateur.road import Arrived, Trip, checkpoint, least_part, of_part, walk, whole
 from secateur.store import Result
@@ -103,15 +104,15 @@ def prune(
 def _finished(trip: Trip, budget: str | None, given: nn.Module, inplace: bool, source: str) -> Result:
     """The trip to a budget and what was measured of it."""
     wish = parse_budget(budget) if budget is not None else None
-    notes: tuple[str, ...] = ()
+    notes, tried = tuple[str, ...](), tuple[Point, ...]()
     if wish is not None and wish.kind == "max_drop":
-        arrived, notes = _promised(trip, wish)
+        arrived, notes, tried = _promised(trip, wish)
     else:
         arrived = walk(trip, budget)
     plan, done, small = arrived.plan, arrived.done, arrived.model
     if inplace and done.form != "module":
         raise PlanError(f"{type(trip.model).__name__} cannot be shrunk in place, {done.why}; use inplace=False")
-    log = Log(trip.model, trip.graph, plan, done, trip.task, curves_of(trip.wishes["allocate"]), notes)
+    log = Log(trip.model, trip.graph, plan, done, trip.task, curves_of(trip.wishes["allocate"]), notes, tried)
     for name, stage in arrived.stages:
         log.stage(name, stage)
     if inplace:
@@ -120,7 +121,7 @@ def _finished(trip: Trip, budget: str | None, given: nn.Module, inplace: bool, s
     return Result(small, plan, log.report(), trip.graph.inputs, done.form, source, done.attributes, done.taken)
 
 
-def _promised(trip: Trip, wish: Budget) -> tuple[Arrived, tuple[str, ...]]:
+def _promised(trip: Trip, wish: Budget) -> tuple[Arrived, tuple[str, ...], tuple[Point, ...]]:
     """The smallest model that keeps ``max_drop``, or the dense one; and what to say of it."""
     _require_task(trip.task, budget=str(wish))
     assert trip.task is not None
@@ -141,7 +142,9 @@ def _promised(trip: Trip, wish: Budget) -> tuple[Arrived, tuple[str, ...]]:
     verdict = keep(scores(trip.model), attempt, float(wish.value), least, largest)
     arrived = found[verdict.kept.part] if verdict.kept is not None else whole(trip, kind)
     named = replace(arrived, plan=replace(arrived.plan, budget=str(wish)))
-    return named, verdict.told("weights" if kind == "sparsity" else kind)
+    what = "weights" if kind == "sparsity" else kind
+    tried = (Point(f"validation, {what}", c.part, c.score) for c in verdict.candidates)
+    return named, verdict.told(what), tuple(tried)
 
 
 def _scale(trip: Trip) -> tuple[str, float, float]:

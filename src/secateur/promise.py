@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Any
 
 from secateur.errors import DataError
 from secateur.progress import track
-from secateur.tasks import Interval, Scores, Task, paired_difference
+from secateur.tasks import Interval, Scores, Task, paired_difference, proportion
 from secateur.tasks.intervals import Z95
 
 TRIES = 7
@@ -54,10 +54,11 @@ class HalfTask:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """``part`` is what stays of the dense model; its paired drop on the half that chooses, and, where it came so far,
-    on the half that checks."""
+    """``part`` is what stays of the dense model; its score and paired drop on the half that chooses, and, where it came
+    so far, the drop on the half that checks."""
 
     part: float
+    score: Interval
     chosen: Interval
     checked: Interval | None = None
 
@@ -103,30 +104,31 @@ def keep(before: Half, attempt: Callable[[float], Half], limit: float, least: fl
     dense = {half: before(half) for half in (CHOOSING, CHECKING)}
     for scores in dense.values():
         _require_enough(scores, limit)
-    found: dict[float, tuple[Interval, Half]] = {}
+    found: dict[float, tuple[Candidate, Half]] = {}
     low, high, part = least, largest, min(max(least, 0.5), largest)
     for _ in track(range(TRIES), "Keeping the promise"):
         small = attempt(part)
-        found[part] = paired_difference(dense[CHOOSING], small(CHOOSING)), small
-        low, high = (low, part) if found[part][0].high <= limit else (part, high)
+        scores = small(CHOOSING)
+        tried = Candidate(part, proportion(scores), paired_difference(dense[CHOOSING], scores))
+        found[part] = tried, small
+        low, high = (low, part) if tried.chosen.high <= limit else (part, high)
         if high <= low * 1.02:
             break
         part = sqrt(low * high)
     return _checked(dense[CHECKING], found, limit)
 
 
-def _checked(dense: Scores, found: Mapping[float, tuple[Interval, Half]], limit: float) -> Verdict:
+def _checked(dense: Scores, found: Mapping[float, tuple[Candidate, Half]], limit: float) -> Verdict:
     candidates: list[Candidate] = []
     kept: Candidate | None = None
     going = True
     for part in sorted(found, reverse=True):
-        chosen, small = found[part]
-        checked = None
-        if going and chosen.high <= limit:
+        tried, small = found[part]
+        if going and tried.chosen.high <= limit:
             checked = paired_difference(dense, small(CHECKING))
-            going = checked.high <= limit
-        candidates.append(Candidate(part, chosen, checked))
-        kept = candidates[-1] if checked is not None and going else kept
+            tried, going = replace(tried, checked=checked), checked.high <= limit
+            kept = tried if going else kept
+        candidates.append(tried)
     return Verdict(limit, tuple(candidates), kept)
 
 

@@ -62,11 +62,21 @@ class Frozen:
 
 
 @dataclass(frozen=True)
+class Point:
+    """The score of a model of which a part is ``left``; points of one ``series`` make a curve."""
+
+    series: str
+    left: float
+    score: Interval
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that was measured; the first of ``rows`` is what the others are compared with.
 
     ``meta`` says how: pattern, budget, criterion, seeds, versions, processor, threads, and the form
-    of the result with its reason. ``sensitivity`` has the curves that the allocation went by, if any.
+    of the result with its reason. ``sensitivity`` has the curves that the allocation went by, ``tried`` the scores of
+    other sizes, if any.
     """
 
     title: str
@@ -77,6 +87,7 @@ class Report:
     meta: Mapping[str, str | int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     sensitivity: tuple[Curve, ...] = ()
+    tried: tuple[Point, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
@@ -90,7 +101,8 @@ class Report:
             raise DataError(f"the report is damaged, or no JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
-        data.setdefault("sensitivity", [])  # reports of before there were curves
+        for later in ("sensitivity", "tried"):  # reports of before there were curves
+            data.setdefault(later, [])
         report: Report = _read(cls, data, "report")
         return report
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from secateur.allocate import Curve
 from secateur.errors import MissingExtra
-from secateur.report import Report, Row
+from secateur.report import Point, Report, Row
 from secateur.tasks import Interval
 
 KEPT, GONE = "#2f8f6b", "#aab2b8"
@@ -157,6 +157,9 @@ def _sections(report: Report, charts: Mapping[str, Any]) -> Iterator[str]:
     if "sensitivity" in charts:
         caption = "What the loss rises by when one place alone loses this share of its units, before any recovery."
         yield _section("Place by place", caption, '<div class="chart" id="sensitivity"></div>')
+    if "tried" in charts:
+        caption = "The mean score, with its 95 % interval, of models of other sizes."
+        yield _section("Size by size", caption, '<div class="chart" id="tried"></div>')
     if report.law is not None:
         law = report.law
         text = f"Relative error {law.error:.1e} of at most {law.tolerance:.1e}, held against {law.oracle}."
@@ -293,7 +296,25 @@ def _charts(report: Report) -> dict[str, Any]:
         )
     if report.sensitivity:
         charts["sensitivity"] = _curves(report.sensitivity)
+    if report.tried:
+        charts["tried"] = _sizes(report.tried)
     return {name: chart.properties(**_room(name)).to_dict() for name, chart in charts.items()}
+
+
+def _sizes(points: Iterable[Point]) -> Any:
+    """A line per series, and the interval of every score."""
+    import altair as alt
+
+    values = [{"series": p.series, "left": p.left, **p.score._asdict()} for p in points]
+    base = alt.Chart(alt.InlineData(values=values)).encode(
+        x=alt.X("left:Q", axis=alt.Axis(format="%", title="left"), scale=alt.Scale(domain=[0, 1])),
+        color=alt.Color("series:N", title=None, legend=alt.Legend(orient="bottom", columns=4)),
+        tooltip=["series:N", alt.Tooltip("left:Q", format=".1%"), alt.Tooltip("value:Q", format=".4g", title="score")],
+    )
+    spread = base.mark_rule(opacity=0.5).encode(
+        y=alt.Y("low:Q", title="score", scale=alt.Scale(zero=False)), y2="high:Q"
+    )
+    return spread + base.mark_line(point=True).encode(y="value:Q")
 
 
 def _curves(curves: Iterable[Curve]) -> Any:
@@ -318,6 +339,6 @@ def _curves(curves: Iterable[Curve]) -> Any:
 
 
 def _room(name: str) -> dict[str, Any]:
-    if name == "sensitivity":
+    if name in ("sensitivity", "tried"):
         return {"width": "container", "height": 320}
     return {"width": "container", "height": {"step": 20 if name == "layers" else 34}}

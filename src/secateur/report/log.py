@@ -17,7 +17,7 @@ from secateur.apply.shrink import Shrunk
 from secateur.graph import Graph
 from secateur.measure import Measurement, measure
 from secateur.plan import Plan
-from secateur.report import Frozen, Layer, Report, Row
+from secateur.report import Frozen, Layer, Point, Report, Row
 from secateur.tasks import Interval, Scores, Task, judge, paired_difference, proportion
 
 SECONDS = 2.0
@@ -35,6 +35,7 @@ class Log:
     task: Task | None
     curves: tuple[Curve, ...] = ()
     notes: tuple[str, ...] = ()
+    tried: tuple[Point, ...] = ()
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class Log:
             meta={**self.plan.meta, **_machine(), **self._how()},
             notes=tuple(self._notes()),
             sensitivity=self.curves,
+            tried=self.tried,
         )
 
     def _frozen(self) -> Iterable[Frozen]:

@@ -141,8 +141,20 @@ def test_nothing_beyond_the_largest_part_goes_on_the_strength_of_a_guess():
 def test_curves_without_any_rise_lose_all_the_same_part():
     curves = {name: Curve(name, PARTS, (0.0,) * 5) for name in "ab"}
     ladder = Sensitivity(curves)({"a": torch.zeros(100), "b": torch.zeros(10)})
-    kept = ladder.kept(ladder.rungs // 2000)
-    assert kept["a"] / 10 == pytest.approx(kept["b"], abs=1)
+    halfway = next(rung for rung in range(ladder.rungs) if ladder.kept(rung)["a"] <= 50)
+    assert ladder.kept(halfway) == {"a": 50, "b": 5}
+    assert sensitivity._finite({"a": (1.0, torch.nan), "b": (torch.inf, 3.0)}) == {"a": (1.0, 6.0), "b": (6.0, 3.0)}
+
+
+def test_a_place_that_ruins_everything_does_not_make_the_others_alike():
+    rises = {"ruin": (1e6,) * 5, "flat": (0.1, 0.2, 0.3, 0.4, 0.5), "steep": (1.0, 2.0, 3.0, 4.0, 5.0)}
+    ladder = Sensitivity({name: Curve(name, PARTS, rise) for name, rise in rises.items()})(
+        {name: torch.zeros(1000) for name in rises}
+    )
+    kept = ladder.kept(round(ladder.rungs * 0.5e-6))
+    assert kept["ruin"] >= 999
+    assert kept["flat"] == pytest.approx(100, abs=5)
+    assert kept["steep"] == pytest.approx(950, abs=2)
 
 
 def test_a_plan_by_sensitivity_meets_its_budget():
@@ -227,7 +239,7 @@ def test_a_folder_is_given_with_the_strategy(tmp_path, counted):
 
 
 def test_the_report_shows_the_curves_that_were_measured_once(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr("secateur.api.SECONDS", 0.1)
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.1)
     model, graph, task = net()
     result = sc.prune(model, graph, budget="macs=60%", allocate="sensitivity", task=task)
     curves = result.report.sensitivity

@@ -11,12 +11,12 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -81,7 +81,8 @@ def measure(
         return _read(file, units)
     meter = _Meter(model, graph, task, data)
     probe = _channels(meter) if isinstance(shape, patterns.Channel) else _masks(meter, shape)
-    curves = {place: Curve(place, PARTS, rise) for place, rise in _rises(meter, units, probe)}
+    rises = _finite(dict(_rises(meter, units, probe)))
+    curves = {place: Curve(place, PARTS, rise) for place, rise in rises.items()}
     if file is not None:
         write_atomic(file, json.dumps([asdict(curve) for curve in curves.values()], indent=1) + "\n")
     return curves
@@ -94,13 +95,17 @@ Probe = Callable[[str, Tensor], float]
 def _rises(meter: _Meter, units: Mapping[str, Tensor], probe: Probe) -> Iterator[tuple[str, tuple[float, ...]]]:
     with torch.no_grad(), mode(meter.model, training=False), untouched(meter.model):
         whole = meter.loss(lambda inputs: call(meter.model, inputs))
-        if not np.isfinite(whole):
+        if not math.isfinite(whole):
             raise DataError(f"the loss of the whole model on the calibration data is {whole}; expected a finite number")
         for place, scores in track(units.items(), "Measuring sensitivity", len(units)):
             kept = [scores.numel() - int(part * scores.numel()) for part in PARTS]
-            losses = [probe(place, best(scores, k)) for k in kept]
-            # a loss that overflows is as bad as can be told apart
-            yield place, tuple(min(loss, 1e30) - whole if loss == loss else 1e30 for loss in losses)
+            yield place, tuple(probe(place, best(scores, k)) - whole for k in kept)
+
+
+def _finite(rises: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    """Where the loss overflows or is not a number, it has risen twice as much as it has anywhere else."""
+    worst = 2 * max([0.0, *(rise for found in rises.values() for rise in found if math.isfinite(rise))])
+    return {place: tuple(r if math.isfinite(r) else worst for r in found) for place, found in rises.items()}
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from secateur.allocate.paths import Paths
 from secateur.errors import SpecError
 
-_EVEN = 1e-3
+_EVEN = 1e-9
 """How much of a level is the part that has gone: among places whose loss does not rise, all lose the same part."""
 
 

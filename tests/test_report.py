@@ -146,8 +146,9 @@ def test_strings_of_the_user_stay_text(save):
     assert "alert('x')</" not in page
     assert "&lt;/script&gt;&lt;script&gt;alert(&#x27;x&#x27;)" in page
     charts = json.loads(re.search(r"^const charts = (.*);$", page, flags=re.M)[1])
-    assert set(charts) == {"change", "accuracy", "layers"}
-    assert EVIL in json.dumps(charts["layers"], ensure_ascii=False).replace('\\"', '"')
+    assert set(charts) == {"change", "accuracy", "layers", "tried"}
+    for chart in ("layers", "tried"):
+        assert EVIL in json.dumps(charts[chart], ensure_ascii=False).replace('\\"', '"')
 
 
 def test_zeros_are_said_to_save_nothing(save):

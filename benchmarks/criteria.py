@@ -19,12 +19,13 @@ from torch import Tensor, nn
 import common
 import nets
 import texts
-from secateur import criteria, sensitivity
-from secateur.allocate import Strategy
+from secateur import criteria
+from secateur.allocate import Sensitivity, Strategy
 from secateur.apply.shrink import carry_out
 from secateur.depth import make
 from secateur.graph import Graph, analyze
 from secateur.recover import recalibrate_
+from secateur.sensitivity import measure
 from secateur.stats import Stats
 from secateur.tasks import Classification, batches, evaluate
 
@@ -56,7 +57,9 @@ def main() -> None:
             if criterion not in scores:
                 scores[criterion] = criteria.score(model, graph, name, task, int(seed or 0))
             by = _again(scores[criterion], losses=pooled == "sum per cost")
-            strategy = sensitivity.measured(allocate, model, graph, criterion=by, task=task)
+            strategy: str | Strategy = allocate
+            if allocate == "sensitivity":
+                strategy = Sensitivity(measure(model, graph, criterion=by, task=task))
             found = [_accuracy(model, graph, task, by, strategy, budget) for budget in BUDGETS]
             row = {"net": net, "criterion": criterion, "pooled": pooled, "allocate": allocate}
             rows[f"{net} {criterion} {pooled} {allocate}"] = row | dict(zip(BUDGETS, found, strict=True))

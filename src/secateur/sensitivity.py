@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur import patterns
-from secateur.allocate import Curve, Sensitivity, Strategy, best, resolve
+from secateur.allocate import Curve, best
 from secateur.apply.oracle import ZeroedProgram
 from secateur.criteria import Criterion, units_of
 from secateur.errors import DataError
@@ -39,14 +39,6 @@ PARTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 BATCHES = 8
 """Calibration batches that the loss is taken on, at most."""
-
-
-def measured(allocate: str | Strategy, model: nn.Module, graph: Graph, **wishes: Any) -> str | Strategy:
-    """The allocation as it is, or with curves where it goes by some and has none; wishes: see ``measure``."""
-    strategy = resolve(allocate)
-    if not isinstance(strategy, Sensitivity) or strategy.curves is not None:
-        return allocate
-    return replace(strategy, curves=measure(model, graph, folder=strategy.folder, **wishes))
 
 
 def measure(

@@ -14,14 +14,15 @@ import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from secateur import criteria, patterns, planning, sensitivity
-from secateur.allocate import Allocation, Strategy
+from secateur import criteria, patterns, planning
+from secateur.allocate import Allocation, Sensitivity, Strategy, resolve
 from secateur.apply.oracle import ZeroedProgram
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
@@ -34,6 +35,7 @@ from secateur.graph.types import Flags
 from secateur.names import Choice, chosen
 from secateur.plan import Plan
 from secateur.planning import Described, assemble, describe, limit_of, measure_of, unmet
+from secateur.sensitivity import measure
 from secateur.stats import Stats
 from secateur.tasks import Task, plain
 
@@ -121,13 +123,17 @@ def measured(allocate: str | Strategy, model: nn.Module, graph: Graph, wishes: M
     wishes: arguments of ``make``, pattern, criterion, task, ignore and seed among them.
     """
     if isinstance(patterns.parse(wishes["pattern"]), patterns.Layer | patterns.NM):
+        return allocate  # these have nothing to allocate
+    strategy = resolve(allocate)
+    if not isinstance(strategy, Sensitivity) or strategy.curves is not None:
         return allocate
     by = wishes["criterion"]
     asked = {name: wishes[name] for name in ("pattern", "task", "seed")}
     asked["criterion"] = by if by is not None and by not in ONLY_BLOCKS else "magnitude"
     places = [*graph.weights, *(a.name for a in graph.axes)]
     known = chosen(wishes["ignore"], [*places, *(b.name for b in graph.blocks)], model, "ignore") & set(places)
-    return sensitivity.measured(allocate, model, graph, ignore=known.__contains__ if known else (), **asked)
+    ignored = known.__contains__ if known else ()
+    return replace(strategy, curves=measure(model, graph, ignore=ignored, folder=strategy.folder, **asked))
 
 
 def _free(model: nn.Module, graph: Graph, ignore: Choice | Sequence[Choice]) -> tuple[set[str], list[str]]:

@@ -10,8 +10,7 @@ Angelopoulos et al. 2021, "Learn then Test").
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Any
@@ -36,17 +35,21 @@ class HalfTask:
     def __init__(self, task: Task, half: int) -> None:
         self._task, self._half = task, half
 
-    def batches(self, split: str) -> Iterator[tuple[Any, Any]]:
+    def batches(self, split: str) -> Iterable[tuple[Any, Any]]:
         """Raises DataError where there is only one validation batch, or none."""
-        mine = itertools.islice(self._task.batches(split), self._half, None, 2)
-        found = iter(mine if split == "validation" else self._task.batches(split))
-        first = next(found, None)
-        if first is None and split == "validation":
+        found = self._task.batches(split)
+        return self._every_other(found) if split == "validation" else found
+
+    def _every_other(self, found: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        number = -1
+        for number, batch in enumerate(found):
+            if number % 2 == self._half:
+                yield batch
+        if number < 1:
             raise DataError(
                 "max_drop= splits the validation batches in two, one half to choose on and one to check on, and there "
                 "are fewer than two; give more validation examples, or smaller batches"
             )
-        yield from () if first is None else itertools.chain([first], found)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)

@@ -306,3 +306,40 @@ def test_mistakes_are_named() -> None:
     blocks = make_plan(model, graph, pattern="layer", budget="params=80%", task=task_of(x))
     with pytest.raises(PlanError, match="drops whole blocks"):
         reconstruct(model, graph, blocks, task_of(x))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inside, self.out = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(24, 20)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(torch.relu(self.inside(self.words(ids))))
+
+
+class Texts:
+    """Texts of all lengths, each a batch of its own."""
+
+    def __init__(self, texts: list[Tensor]) -> None:
+        self.texts = texts
+
+    def batches(self, split: str) -> Any:
+        return ((text[None], text[None]) for text in self.texts)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        raise AssertionError("labels are not needed")
+
+    scores = loss
+
+
+def test_texts_of_every_length_count() -> None:
+    torch.manual_seed(0)
+    model, texts = Words().eval(), [torch.randint(20, (n,)) for n in range(3, 40)]
+    plan = make_plan(model, texts[5][None], pattern="unstructured", budget="sparsity=60%")
+    assert plan.graph is not None
+    ids = torch.arange(20)
+    errors = []
+    for some in (texts[:1], texts):
+        found = mask(reconstruct(model, plan.graph, plan, Texts(some)), plan)
+        errors.append(error(found, model, ids))
+    assert errors[1] < 0.5 * min(errors[0], error(mask(model, plan), model, ids))

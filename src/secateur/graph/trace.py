@@ -57,7 +57,7 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
     require_capturable(model, inputs)
     if not dynamic_batch:
         return _followed(model, inputs)
-    wide = _at_least_two(inputs)
+    wide = at_least_two(inputs)
     for tokens in (True, False):  # some models only hold for the example's length, or its batch size
         with contextlib.suppress(Exception):
             return _export(model, wide, tokens)
@@ -131,7 +131,7 @@ def _open_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return shapes.dynamic_shapes(model, args, kwargs)  # type: ignore[no-untyped-call]
 
 
-def _at_least_two(inputs: Any) -> Any:
+def at_least_two(inputs: Any) -> Any:
     """Inputs that are all batches of one are doubled: export takes a size of 1 for a constant."""
     tensors = [v for v in torch.utils._pytree.tree_leaves(inputs) if isinstance(v, Tensor)]
     if any(v.dim() == 0 or v.shape[0] != 1 for v in tensors):

@@ -23,6 +23,7 @@ from torch.utils._pytree import arg_tree_leaves
 from secateur.errors import DataError, PlanError, SpecError
 from secateur.graph import Graph
 from secateur.graph.shapes import Elsewhere
+from secateur.graph.trace import at_least_two
 from secateur.graph.types import Flags, example_args
 from secateur.plan import Plan
 from secateur.progress import track
@@ -62,13 +63,7 @@ def reconstruct(
         )
     model = plain(model)
     plan.check_fits(model)
-    elsewhere, data, at = Elsewhere(model, graph), list[list[Any]](), graph
-    for inputs, _ in batches(task, "calibration", model):
-        here = elsewhere.graph_of(inputs)
-        at = at if data else here
-        if here is at:  # a last batch of one may need a program of its own
-            args, kwargs = example_args(inputs)
-            data.append(arg_tree_leaves(*args, **kwargs))
+    at, data = _one_program(model, graph, task)
     alive = at.alive({name: flags.numpy() for name, flags in plan.units.items()})
     with mode(model, training=False), torch.no_grad():
         changed = _Twins(model, at, plan, alive, data, method, seed).walk()
@@ -77,6 +72,18 @@ def reconstruct(
         for name, value in changed.items():
             tensors[name].copy_(value)
     return result
+
+
+def _one_program(model: nn.Module, graph: Graph, task: Task) -> tuple[Graph, list[list[Any]]]:
+    """The calibration inputs, flat, that one program serves, and its graph: of those of other shapes, the most."""
+    elsewhere = Elsewhere(model, graph)
+    found: dict[int, tuple[Graph, list[list[Any]]]] = {}
+    for inputs, _ in batches(task, "calibration", model):
+        pair = at_least_two(inputs)  # a batch of one would need a program of its own
+        here = elsewhere.graph_of(pair)
+        args, kwargs = example_args(pair)
+        found.setdefault(id(here), (here, []))[1].append(arg_tree_leaves(*args, **kwargs))
+    return max(found.values(), key=lambda group: len(group[1]))
 
 
 class _Twins:

@@ -1,5 +1,6 @@
-"""What each criterion costs, in passes over the calibration data: the time of scoring every weight, over that of
-running the model on the same data once, in evaluation mode and without gradients.
+"""What each criterion and each compensation costs, in passes over the calibration data: the time of scoring every
+weight, or of refitting for half the multiply-adds, over that of running the model on the same data once, in evaluation
+mode and without gradients.
 
     python benchmarks/criteria_cost.py
 
@@ -24,6 +25,9 @@ import nets
 import texts
 from secateur.criteria import BUILT_IN, score
 from secateur.graph import Graph, analyze
+from secateur.plan import Plan
+from secateur.planning import make
+from secateur.recover import METHODS, reconstruct
 from secateur.tasks import Classification, batches, call, mode
 
 EXAMPLES, BATCH = 128, 32
@@ -35,6 +39,7 @@ class Net:
     model: nn.Module
     graph: Graph
     task: Classification
+    plan: Plan  # half of the multiply-adds, by magnitude
 
 
 def forward(net: Net) -> None:
@@ -48,9 +53,14 @@ def criterion(name: str, net: Net) -> None:
     score(net.model, net.graph, name, net.task)
 
 
+def compensation(method: str, net: Net) -> None:
+    reconstruct(net.model, net.graph, net.plan, net.task, method)
+
+
 CONTENDERS: dict[str, Callable[[Net], None]] = {
     "forward": forward,
     **{name: functools.partial(criterion, name) for name in BUILT_IN},
+    **{f"reconstruct {name}": functools.partial(compensation, name) for name in METHODS},
 }
 """What is timed; the first one is what the others are compared with."""
 
@@ -66,7 +76,8 @@ def encoder() -> Net:
 def _net(model: nn.Module, task: Classification) -> Net:
     x, y = task.calibration or task.train
     few = replace(task, calibration=(x[:EXAMPLES], y[:EXAMPLES]), batch_size=BATCH)
-    return Net(model, analyze(model, x[:1]), few)
+    graph = analyze(model, x[:1])
+    return Net(model, graph, few, make(model, graph, pattern="channel", budget="macs=50%"))
 
 
 def main() -> None:

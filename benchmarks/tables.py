@@ -207,6 +207,36 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _curves(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """A row for each network, pattern and criterion, a column for each part that is left; pruned, then compensated."""
+    parts = sorted({row["left"] for row in rows.values()}, reverse=True)
+    yield ("network", "pattern", "criterion", *(f"{part:.0%} left" for part in parts))
+    found: dict[tuple[str, ...], dict[float, str]] = {}
+    for row in rows.values():
+        stages = row.get("stages", {})
+        said = " → ".join(f"{100 * stages[name][0]:.1f}" for name in ("pruned", "compensated") if name in stages)
+        found.setdefault((row["net"], row["pattern"], row["criterion"]), {})[row["left"]] = said or "refused"
+    for key, values in found.items():
+        yield (*key, *(values.get(part, "-") for part in parts))
+    for net in dict.fromkeys(row["net"] for row in rows.values()):
+        dense = next(row["dense"] for row in rows.values() if row["net"] == net)
+        yield (net, "dense", "", f"{100 * dense[0]:.1f}", *[""] * (len(parts) - 1))
+
+
+def _audit(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    yield (
+        *("network", "pattern", "limit", "splits", "kept", "dense model returned"),
+        *("drop where never looked at: median, lowest, highest", "left: median, least, most"),
+    )
+    for row in rows.values():
+        yield (
+            *(row["net"], row["pattern"], f"{100 * row['limit']:g} points", str(row["splits"]), str(row["kept"])),
+            str(row["dense returned"]),
+            ", ".join(f"{100 * drop:.2f}" for drop in row["drop"]),
+            ", ".join(f"{part:.1%}" for part in row["part"]) + f" of {row['of'].replace('sparsity', 'weights')}",
+        )
+
+
 FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "first_road": _roads,
     "analyze_cost": _analyze,
@@ -219,6 +249,8 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "cifar_channel": _channels,
     "criteria": _criteria,
     "criteria_cost": _costs,
+    "curves": _curves,
+    "promise_audit": _audit,
 }
 
 

@@ -36,8 +36,8 @@ from zoo_law import law_row
 Row = dict[str, Any]
 
 SECONDS = {"secateur": 600, "torch-pruning": 60, "torch-kirigami": 60}  # of processor time
-TINY = 20  # for other tools and the tiny models of Hugging Face
-PATIENCE = 5  # times as long by the clock, for what waits instead of computing
+TINY = 10  # for other tools and the tiny models of Hugging Face
+PATIENCE = 60  # times as long by the clock, for what waits instead of computing; the machine may be busy
 MEMORY = 16 * 2**30
 LISTS = ("timm", "hf", "torchvision")
 

@@ -21,7 +21,7 @@ forward  it runs and its first output has the old shape; a norm lost channels, s
 wrong    it runs, and its output has another shape, or differs from the zeroed original
 nothing  less than 1 % of the parameters was removed, without an error
 crash    building, pruning or the pruned model's forward raises
-hang     over 60 seconds of processor time, 20 for the tiny models of Hugging Face
+hang     over 60 seconds of processor time, 10 for the tiny models of Hugging Face
 """
 
 from __future__ import annotations

@@ -163,6 +163,10 @@ def test_ignore_and_override_reach_the_plan() -> None:
         (["prune", "small.py:net", *SHAPE, "--out", "out", "--override", "0.*"], "expected GLOB=PART"),
         (["prune", "small.py:net", *SHAPE, "--out", "out", "--override", "0.*=nan"], "expected GLOB=PART"),
         (["prune", "small.py:net", *SHAPE, "--out", "out", "--budget", "macs=50%", "--epochs", "1"], "needs task"),
+        (["prune", "small.py:net", *SHAPE, "--out", "small.py/out"], "small.py is a file, expected a folder"),
+        (["export", "small.py:net", *SHAPE, "--out", "small.py"], "small.py is a file, expected a folder"),
+        (["prune", "small.py:net", "--data", "small.py:crashing", "--out", "out"], "could not be loaded: RuntimeError"),
+        (["bench", "small.py:net", *SHAPE, "--against", "small.py:reader"], "fails on the example inputs"),
         (["report", "."], "report.json is not there"),
         (["bench", "."], "model.json"),
     ],
@@ -175,6 +179,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: list[str], message: str) -
 def test_a_directory_of_ones_own_class_asks_for_it() -> None:
     secateur("prune", "small.py:net", *SHAPE, "--budget", "macs=50%", "--out", "out")
     assert "code is not run on a directory's word" in mistake("export", "out", "--out", "onnx")
+    assert "--dense MODEL" in mistake("prune", "out", "--budget", "macs=50%", "--out", "smaller")
+    words = ("--dense", "small.py:net", "--budget", "macs=50%", "--json", "--out", "smaller")
+    rows = json.loads(secateur("prune", "out", *words).stdout)["rows"]
+    assert rows[-1]["macs"] <= rows[0]["macs"] / 2
+
+
+def test_inputs_that_do_not_fit_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "fails on the example inputs" in mistake("inspect", "small.py:reader", "--input", "1x9")
+    assert "fails on the example inputs" in mistake("inspect", "small.py:net", "--input", "1x5x8x8")
+    assert capfd.readouterr().err == ""
 
 
 def test_debug_gives_the_traceback() -> None:

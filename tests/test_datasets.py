@@ -76,6 +76,8 @@ def _splits(**labels):
         ({"x": np.array([{"a": 1}] * 20), "y": np.ones(20, int)}, "cannot be read as an .npz file of plain"),
         ({}, r"a\.npz holds nothing"),
         ({"x": np.ones((20, 2)), "y": np.ones(20, int)}, r"a\.npz: all 12 examples of the train split are of class 1"),
+        ({"x": np.full((20, 2), np.nan), "y": np.arange(20) % 2}, "x holds NaN or infinite values"),
+        ({"x": np.ones((20, 2)), "y": np.arange(20) % 2 - 1}, "y holds the class -1, expected indices from 0"),
         (_splits(validation=[2, 2, 2]), "all 3 examples of the validation split are of class 2, so that a model which"),
         (_splits(test=[]), "the test split is empty; give examples of at least two classes"),
     ],

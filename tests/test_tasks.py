@@ -10,6 +10,7 @@ from secateur.tasks import (
     call,
     device_of,
     evaluate,
+    judge,
     mode,
     paired_difference,
     proportion,
@@ -167,6 +168,15 @@ def test_evaluate_counts_scores_that_are_not_numbers():
     task = Broken(split(4), split(4), split(7))
     with pytest.raises(DataError, match="3 of 7 scores on the test split are NaN or infinite"):
         evaluate(nn.Linear(3, 3), task, "test")
+
+
+def test_a_summary_that_is_no_number_is_named():
+    class Broken(Classification):
+        def summary(self, outputs):
+            return {"recall": 1.0, "f1": float("nan")}
+
+    with pytest.raises(DataError, match=r"task\.summary gave NaN for 'f1' on the test split"):
+        judge(nn.Linear(3, 3), Broken(split(4), split(4), split(4)), "test")
 
 
 def test_evaluate_wants_one_score_per_example():

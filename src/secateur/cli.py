@@ -165,6 +165,7 @@ def prune(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the model, plan and report go.")],
     data: Data = None,
     input: Input = None,
+    dense: Dense = None,
     pattern: Pattern = "channel",
     budget: Budget = None,
     criterion: Criterion = None,
@@ -191,10 +192,12 @@ def prune(
 ) -> None:
     """Prune a model to a budget, recover it, and write the model with its report."""
     import secateur as sc
+    from secateur.files import require_folder
 
+    require_folder(out)
     recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
     recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
-    net, example, task = _load(model, None, input, data)
+    net, example, task = _load(model, dense, input, data)
     result = sc.prune(
         net,
         sc.analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ()),
@@ -234,12 +237,15 @@ def bench(
 ) -> None:
     """Measure size, latency, memory and, given data, accuracy; side by side with another model."""
     from secateur import recipe
+    from secateur.graph.trace import run
     from secateur.report import Report
 
     net, example, task = _load(model, against, input, data)
     models = {model: net}
     if against is not None:
         models = {against: recipe.load_model(against), model: net}
+    for each in models.values():
+        run(each, example)  # one that fails on the inputs is named as such
     rows, notes = _measured(models, example, task, seconds)
     _show(Report(f"Measured: {model}", rows, notes=notes), as_json, None)
 
@@ -255,7 +261,9 @@ def export(
 ) -> None:
     """Export a model for a runtime, checked there against eager PyTorch."""
     import secateur as sc
+    from secateur.files import require_folder
 
+    require_folder(out)
     net, example, _ = _load(model, dense, input, data)
     typer.echo(sc.export(net, example, target, out))
 

@@ -45,16 +45,22 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is damaged, or no JSON file: {error}") from error
 
 
+def require_folder(path: Path) -> None:
+    """Raise DataError where ``path``, or what it lies in, is a file, so that nothing can be written there."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise DataError(f"{part} is a file, expected a folder or a free name; choose another one")
+
+
 @contextmanager
 def replace_dir(path: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of ``path`` once the block has succeeded.
 
     A block that raises leaves ``path`` as it was. Entries of an older ``path`` that the new folder
-    does not bring are kept: they may be the user's. Raises DataError where ``path`` is a file.
+    does not bring are kept: they may be the user's. Raises DataError where ``path`` is, or lies in, a file.
     """
     path = path.absolute()
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{path} is a file, expected a folder or a free name; choose another one")
+    require_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     room = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     new, old = room / "new", room / "old"

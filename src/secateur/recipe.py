@@ -34,7 +34,7 @@ def load_model(spec: str) -> nn.Module:
     kind, colon, name = spec.partition(":")
     if not colon:
         raise SpecError(f"model {spec!r} is none of {FORMS}, nor a directory that `secateur prune` wrote")
-    model = _guarded(spec, partial(_SOURCES[kind], name) if kind in _SOURCES else load_callable(spec))
+    model = guarded(spec, partial(_SOURCES[kind], name) if kind in _SOURCES else load_callable(spec))
     if not isinstance(model, nn.Module):
         raise SpecError(f"{spec} gave a {type(model).__name__}, expected a torch.nn.Module")
     return model.eval()
@@ -85,7 +85,7 @@ def example_input(text: str) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _guarded(spec: str, load: Callable[[], Any]) -> Any:
+def guarded(spec: str, load: Callable[[], Any]) -> Any:
     """``load()``, its failures told as the user's: what they named does not work."""
     try:
         return load()
@@ -106,7 +106,7 @@ def _file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    _guarded(str(path), partial(spec.loader.exec_module, module))
+    guarded(str(path), partial(spec.loader.exec_module, module))
     return module
 
 

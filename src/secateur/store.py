@@ -151,7 +151,10 @@ def _dense(folder: Path, saved: About) -> nn.Module:
     if saved.source.startswith(PUBLIC):
         return load_model(saved.source)
     where = f"made from {saved.source!r}, and code is not run on a directory's word" if saved.source else "unnamed"
-    raise PlanError(f"{folder} holds a pruned model whose class is {where}; give it: load(dir, model=dense_model)")
+    raise PlanError(
+        f"{folder} holds a pruned model whose class is {where}; give it: load(dir, model=dense_model), "
+        "--dense MODEL on the command line, --against MODEL to bench"
+    )
 
 
 def _about(folder: Path) -> About:

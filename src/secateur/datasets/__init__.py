@@ -8,7 +8,7 @@ from secateur.datasets.arrays import archive, digits
 from secateur.datasets.images import ImageFolder, image_folder
 from secateur.datasets.texts import labelled_texts, plain_text
 from secateur.errors import DataError
-from secateur.recipe import load_callable
+from secateur.recipe import guarded, load_callable
 from secateur.tasks import Task
 
 __all__ = ["ImageFolder", "archive", "digits", "image_folder", "labelled_texts", "load", "plain_text"]
@@ -25,7 +25,7 @@ def load(spec: str, input_size: int | None = None, model: str = "") -> Task:
     input_size: the height and width that images of a folder are brought to (224 by default).
     model: the words that name the model, whose tokenizer texts are read with where they are ``hf:…``.
     A function is called without arguments and gives a Task. Raises DataError for a missing or
-    unusable path, SpecError for a function that cannot be found.
+    unusable path, SpecError for a function that cannot be found, or fails.
     """
     path = Path(spec)
     if spec == "digits":
@@ -40,7 +40,7 @@ def load(spec: str, input_size: int | None = None, model: str = "") -> Task:
         return labelled_texts(path, model)
     if ":" not in spec:
         raise DataError(f"there is no data {spec!r}; expected {FORMS}")
-    task = load_callable(spec)()
+    task = guarded(spec, load_callable(spec))
     if not all(callable(getattr(task, name, None)) for name in ("batches", "loss", "scores")):
         raise DataError(f"{spec} gave a {type(task).__name__}, expected a Task with batches, loss and scores")
     return task  # type: ignore[no-any-return]

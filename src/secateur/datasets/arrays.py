@@ -65,6 +65,10 @@ def _pair(path: Path, arrays: Mapping[str, NDArray[Any]], suffix: str) -> tuple[
         raise DataError(
             f"{path}: y{suffix} is of type {y.dtype} and shape {y.shape}, expected one class index per example"
         )
+    if not np.isfinite(x).all():
+        raise DataError(f"{path}: x{suffix} holds NaN or infinite values; remove those examples")
+    if y.size and y.min() < 0:
+        raise DataError(f"{path}: y{suffix} holds the class {y.min()}, expected indices from 0")
     scale = 255 if x.dtype == np.uint8 else 1
     return torch.from_numpy(x.astype(np.float32) / scale), torch.from_numpy(y.astype(np.int64))
 

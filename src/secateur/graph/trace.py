@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,8 @@ def capture(model: nn.Module, inputs: Any, dynamic_batch: bool = False) -> fx.Gr
     require_capturable(model, inputs)
     if not dynamic_batch:
         return _followed(model, inputs)
-    wide = at_least_two(inputs)
+    # Export notes on the tensors themselves which sizes are open, so it gets some of its own.
+    wide = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, at_least_two(inputs))
     for tokens in (True, False):  # some models only hold for the example's length, or its batch size
         with contextlib.suppress(Exception):
             return _export(model, wide, tokens)
@@ -94,8 +96,7 @@ def _export(model: nn.Module, inputs: Any, tokens: bool | None) -> fx.GraphModul
     """The captured program, with sizes left open unless ``tokens`` is None."""
     args, kwargs = example_args(inputs)
     shapes = None if tokens is None else _open_shapes(model, args, kwargs, tokens)
-    with mode(model, training=False), torch.no_grad(), _plain_attention(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with mode(model, training=False), torch.no_grad(), _plain_attention(), _quiet():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -104,6 +105,20 @@ def _export(model: nn.Module, inputs: Any, tokens: bool | None) -> fx.GraphModul
     rephrase_(module.graph)
     module.recompile()
     return module
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, and no tracebacks that torch logs of operators that fail: the error itself says it."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was = log.disabled
+    log.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.disabled = was
 
 
 @contextmanager

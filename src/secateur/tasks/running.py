@@ -128,6 +128,8 @@ def judge(model: nn.Module, task: Task, split: str, *, summarize: bool = True) -
             found = {str(name): float(value) for name, value in summary(stream).items()}
         for _ in stream:  # what the summary left, which is everything where there is none
             pass
+    if lost := [name for name, value in found.items() if np.isnan(value)]:
+        raise DataError(f"task.summary gave NaN for {lost[0]!r} on the {split} split; check it and the model's outputs")
     scores: Scores = np.concatenate(parts)
     if bad := int((~np.isfinite(scores)).sum()):
         raise DataError(

@@ -74,6 +74,19 @@ def test_global_pruning_refuses(parameters: Any, scores: Any, error: type[Except
     assert not ours.is_pruned(module)
 
 
+@pytest.mark.parametrize("wrong", [None, [[1, 0], [0, 1]], "mask"])
+def test_what_is_no_tensor_or_dimension_is_named(wrong: Any) -> None:
+    module, kind = nn.Linear(2, 2), type(wrong).__name__
+    with pytest.raises(AttributeError, match=f"the mask is a {kind}, expected a tensor"):
+        ours.custom_from_mask(module, "weight", wrong)
+    with pytest.raises(TypeError, match=r"dim=.* has an invalid type; give the number of a dimension"):
+        ours.ln_structured(module, "weight", amount=1, n=2, dim=wrong)
+    if wrong is not None:
+        with pytest.raises(AttributeError, match=f"parameter weight of Linear is a {kind}, expected a tensor"):
+            ours.l1_unstructured(module, "weight", amount=1, importance_scores=wrong)
+    assert not ours.is_pruned(module)
+
+
 def test_methods_that_would_be_ignored_are_refused() -> None:
     class Soft(ours.Identity):
         def apply_mask(self, module: nn.Module) -> Tensor:

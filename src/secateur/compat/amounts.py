@@ -50,7 +50,9 @@ def check_structured(t: Tensor) -> None:
 
 
 def check_dim(t: Tensor, dim: int) -> None:
-    """Raises IndexError where ``t`` has no dimension ``dim``."""
+    """Raises TypeError for what is no whole number, IndexError where ``t`` has no dimension ``dim``."""
+    if not isinstance(dim, numbers.Integral):
+        raise TypeError(f"dim={dim!r} has an invalid type; give the number of a dimension")
     if not -t.dim() <= dim < t.dim():
         raise IndexError(f"Invalid index {dim} for tensor of size {list(t.shape)}; it has {t.dim()} dimensions")
 

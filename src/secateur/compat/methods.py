@@ -219,6 +219,7 @@ class CustomFromMask(BasePruningMethod):
     PRUNING_TYPE = "global"
 
     def __init__(self, mask: Tensor) -> None:
+        _require_tensor(mask, "the mask")
         self.mask: Tensor | None = mask
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -309,7 +310,14 @@ def _part(method: BasePruningMethod, t: Tensor, mask: Tensor) -> tuple[Any, ...]
     )
 
 
+def _require_tensor(given: object, what: str) -> None:
+    if not isinstance(given, Tensor):  # an AttributeError, as PyTorch's module raises
+        raise AttributeError(f"{what} is a {type(given).__name__}, expected a tensor of the parameter's shape")
+
+
 def _scores(given: Tensor | None, tensor: Tensor, what: str) -> Tensor:
+    if given is not None:
+        _require_tensor(given, f"importance_scores for {what}")
     if given is not None and given.shape != tensor.shape:
         raise AssertionError(
             f"importance_scores should have the same shape as {what}, got {list(given.shape)} vs {list(tensor.shape)}"

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from secateur.graph.aliases import written
 from secateur.graph.labels import Dim
-from secateur.graph.program import Program
+from secateur.graph.program import Program, flat_inputs
 from secateur.graph.rules import REWRITES, Cut, operator_name
 from secateur.graph.rules.base import Dims, Op, each, schema, sizes_of
 from secateur.graph.types import Flags
@@ -31,7 +31,7 @@ class ZeroedProgram(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         assert isinstance(self._codegen, fx.graph._PyTreeCodeGen)
-        flat = torch.utils._pytree.arg_tree_leaves(*args, **kwargs)
+        flat = flat_inputs(self.program.graph, args, kwargs)
         out = self._walker.run(*flat, enable_io_processing=False)
         return self._codegen.process_outputs(out)
 

@@ -167,6 +167,14 @@ class Program:
         )
 
 
+def flat_inputs(graph: fx.Graph, args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The inputs of a call in the order of the program's placeholders, in whatever order the keywords are given."""
+    codegen = graph._codegen
+    assert isinstance(codegen, fx.graph._PyTreeCodeGen)
+    names = codegen.pytree_info.in_spec.child(1).context
+    return tree_leaves((tuple(args), {name: kwargs[name] for name in names}))
+
+
 def outputs(node: fx.Node) -> list[fx.Node]:
     """The tensors that the program returns, in order; one that is returned twice is there twice."""
     return [n for n in tree_leaves(node.args) if isinstance(n, fx.Node) and isinstance(n.meta.get("val"), torch.Tensor)]

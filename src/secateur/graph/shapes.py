@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_structure, tree_unflatten
 
 from secateur.graph.analyze import analyze
 from secateur.graph.graph import Graph
 
-Shapes = list[tuple[Any, ...]]
+Shapes = dict[str, tuple[Any, ...]]
+"""By where each tensor stands among the inputs: its number, or its keyword."""
 
 
 class Elsewhere:
@@ -31,23 +32,22 @@ class Elsewhere:
                 return graph
         said = self._graph.declared
         graph = analyze(self._model, inputs, ties=said.ties, free_outputs=said.free_outputs, dynamic_batch=True)
-        values = (n.meta.get("val") for n in graph.program.module.graph.nodes if n.op == "placeholder")
-        self._known.append((_shapes(list(values)), graph))
+        values = [n.meta.get("val") for n in graph.program.module.graph.nodes if n.op == "placeholder"]
+        self._known.append((_shapes(tree_unflatten(values, tree_structure(inputs))), graph))
         return graph
 
 
 def _shapes(values: Any) -> Shapes:
-    return [tuple(v.shape) for v in tree_leaves(values) if isinstance(v, Tensor)]
+    leaves, _ = tree_flatten_with_path(values)
+    return {keystr(path): tuple(v.shape) for path, v in leaves if isinstance(v, Tensor)}
 
 
 def _fits(known: Shapes, shapes: Shapes) -> bool:
     """Whether these sizes are the known ones, or values of the known symbols, each the same wherever it stands."""
-    if [len(shape) for shape in known] != [len(shape) for shape in shapes]:
+    if {at: len(shape) for at, shape in known.items()} != {at: len(shape) for at, shape in shapes.items()}:
         return False
     bound: dict[str, int] = {}
-    for size, found in (
-        (a, b) for one, other in zip(known, shapes, strict=True) for a, b in zip(one, other, strict=True)
-    ):
+    for size, found in ((a, b) for at, shape in known.items() for a, b in zip(shape, shapes[at], strict=True)):
         if isinstance(size, int):
             if size != found:
                 return False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from secateur.apply.oracle import Zeroing
+from secateur.graph.aliases import memory, writes
 from secateur.graph.program import Program
 from secateur.graph.types import Flags
 
@@ -24,7 +25,7 @@ Values = dict[fx.Node, Any]
 
 
 class Small(Zeroing):
-    """The pruned program at full size: it reads ``tensors`` where they are, the model's own where they are not."""
+    """The pruned program at full size; parameters and buffers are read from ``tensors``."""
 
     def __init__(self, program: Program, model: nn.Module, alive: Flags, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(program, model, alive)
@@ -49,18 +50,28 @@ class Stretch:
 
 
 def differing(program: Program, small: Small, touched: Collection[str]) -> set[fx.Node]:
-    """The nodes whose values pruning changes: what reads a touched tensor, loses a unit, or follows such a node."""
+    """The nodes whose values pruning changes: what reads a touched tensor, loses a unit, or follows such a node.
+
+    Where such a value is written into the memory of others, those change too.
+    """
     found: set[fx.Node] = set()
+    at, last = memory(program.module.graph), writes(program.module.graph)
+    sharing: dict[fx.Node, list[fx.Node]] = {}
     for node in program.module.graph.nodes:
+        sharing.setdefault(at[node], []).append(node)
         own = node.op == "get_attr" and program.aliases.get(str(node.target), str(node.target)) in touched
         if own or small.loses(node) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
+            found.update(sharing[at[node]] if at[node] in last else [node])
     return found
 
 
 def stretches(nodes: Sequence[fx.Node], differs: Collection[fx.Node]) -> list[Stretch]:
-    """Cut what differs where all of it passes through one tensor, last before the next weight is used."""
+    """Cut what differs where all of it passes through one tensor, last before the next weight is used.
+
+    That tensor is not written into afterwards: it is still what it was when its stretch is tuned.
+    """
     order = {node: i for i, node in enumerate(nodes)}
+    at, last = memory(nodes[0].graph), writes(nodes[0].graph)
     changing = [n for n in nodes if n in differs and n.op == "call_function"]
     found: list[Stretch] = []
     alive: dict[fx.Node, int] = {}
@@ -75,7 +86,9 @@ def stretches(nodes: Sequence[fx.Node], differs: Collection[fx.Node]) -> list[St
         here.append(node)
         alive = {n: end for n, end in alive.items() if end > order[node]}
         alive[node] = max((order[user] for user in node.users), default=order[node])
-        if set(alive) == {node} and isinstance(node.meta.get("val"), Tensor):
+        final = order[last.get(at[node], node)] <= order[node]
+        value = node.meta.get("val")
+        if set(alive) == {node} and final and isinstance(value, Tensor) and value.is_floating_point():
             cut = len(here)
     if cut and weights:
         found.append(_stretch(here[:cut]))
@@ -106,7 +119,7 @@ def tune(
     """
     names = {n: small.program.aliases.get(str(n.target), str(n.target)) for n in stretch.reads}
     own = {
-        node: small.tensors.get(name, named[name]).detach().clone()
+        node: small.tensors[name].detach().clone()
         for node, name in names.items()
         if name in named and isinstance(named[name], nn.Parameter) and named[name].is_floating_point()
         if all(user in stretch.nodes for user in node.users) and list(names.values()).count(name) == 1
@@ -136,9 +149,14 @@ def tune(
     for step in range(steps):
         env, target = after[step % len(after)], wanted[step % len(after)]
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
-        with torch.enable_grad():
-            loss = (ran(env, tuned) - target).float().square().mean() / max(size, 1e-30)
-        grads = torch.autograd.grad(loss, list(tuned.values()), allow_unused=True)
+        try:
+            with torch.enable_grad():
+                loss = (ran(env, tuned) - target).float().square().mean() / max(size, 1e-30)
+            grads = torch.autograd.grad(loss, list(tuned.values()), allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # detached, or written over what gradients need: the model cannot be trained here either
+            return {}
         for (node, value), grad in zip(tuned.items(), grads, strict=True):
             value.grad = None if grad is None else torch.where(keep[node], grad, 0) if node in keep else grad
         optimizer.step()

@@ -13,17 +13,19 @@ blockwise       least_squares, then gradient steps on each stretch of the networ
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import arg_tree_leaves
 
 from secateur.errors import DataError, PlanError, SpecError
 from secateur.graph import Graph
+from secateur.graph.program import flat_inputs
 from secateur.graph.shapes import Elsewhere
-from secateur.graph.trace import at_least_two
+from secateur.graph.trace import at_least_two, untouched
 from secateur.graph.types import Flags, example_args
 from secateur.plan import Plan
 from secateur.progress import track
@@ -65,7 +67,7 @@ def reconstruct(
     plan.check_fits(model)
     at, data = _one_program(model, graph, task)
     alive = at.alive({name: flags.numpy() for name, flags in plan.units.items()})
-    with mode(model, training=False), torch.no_grad():
+    with mode(model, training=False), torch.no_grad(), untouched(model):
         changed = _Twins(model, at, plan, alive, data, method, seed).walk()
         result = clone(model)
         tensors: dict[str, Tensor] = {**dict(result.named_parameters()), **dict(result.named_buffers())}
@@ -82,12 +84,12 @@ def _one_program(model: nn.Module, graph: Graph, task: Task) -> tuple[Graph, lis
         pair = at_least_two(inputs)  # a batch of one would need a program of its own
         here = elsewhere.graph_of(pair)
         args, kwargs = example_args(pair)
-        found.setdefault(id(here), (here, []))[1].append(arg_tree_leaves(*args, **kwargs))
+        found.setdefault(id(here), (here, []))[1].append(flat_inputs(here.program.module.graph, args, kwargs))
     return max(found.values(), key=lambda group: len(group[1]))
 
 
 class _Twins:
-    """Both programs on their way through the calibration batches; ``tensors`` are those of the small one's own."""
+    """Both programs on their way through the calibration batches; ``tensors`` are those of the small one."""
 
     def __init__(
         self,
@@ -101,10 +103,9 @@ class _Twins:
     ) -> None:
         self.graph, self.plan, self.method, self.data = graph, plan, method, data
         self.named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.tensors = {
-            n: torch.where(plan.masks[n].to(t.device), t, 0) for n, t in self.named.items() if n in plan.masks
-        }
-        self.dense = fx.Interpreter(graph.program.module)
+        masked = {n: torch.where(plan.masks[n].to(t.device), t, 0) for n, t in self.named.items() if n in plan.masks}
+        self.tensors = ChainMap(masked, self.named)
+        self.dense = Small(graph.program, model, np.ones_like(alive), self.named)
         self.small = Small(graph.program, model, alive, self.tensors)
         self.before: list[Values] = [{} for _ in data]
         self.after: list[Values] = [{} for _ in data]
@@ -127,7 +128,7 @@ class _Twins:
         for node in track(nodes[:-1], "Compensating", len(nodes) - 1):
             if node.op == "placeholder":
                 for before, after, inputs in zip(self.before, self.after, self.data, strict=True):
-                    before[node] = after[node] = inputs[given]
+                    before[node], after[node] = (self._unshared(node, inputs[given]) for _ in range(2))
                 given += 1
             else:
                 self._run(node, found.get(node))
@@ -142,17 +143,22 @@ class _Twins:
         """One operator on all batches, first of the dense network, then, where it differs, of the small one."""
         for env in self.before:
             self.dense.env = env
-            env[node] = self.dense.run_node(node)
+            env[node] = self._unshared(node, self.dense.run_node(node))
         if place is not None and node in self.differs:
             self._fit(place)
         for env, before in zip(self.after, self.before, strict=True):
             self.small.env = env
             own = node in self.differs or node in self.small.written
-            env[node] = self.small.run_node(node) if own else before[node]
+            env[node] = self._unshared(node, self.small.run_node(node)) if own else before[node]
+
+    def _unshared(self, node: fx.Node, value: Any) -> Any:
+        """A copy of inputs, parameters and buffers that the program writes into."""
+        given = node.op in ("placeholder", "get_attr") and isinstance(value, Tensor)
+        return value.clone() if given and node in self.small.written else value
 
     def _fit(self, place: Place) -> None:
         """Refit one weight and the constant beside it, where it has reason to."""
-        weight = self.tensors.get(place.weight, self.named[place.weight])
+        weight = self.tensors[place.weight]
         keep = self.plan.keep(place.weight) if place.weight in self.plan.tensors else torch.ones_like(weight).bool()
         keep = place.matrix(keep.to(weight.device))
         lives = keep.any(-1)
@@ -186,7 +192,7 @@ class _Twins:
             scale = place.scale(before.__getitem__)
             lacks = before[place.other] - after[place.other]
             missing = torch.where(scale.abs() > TINY, lacks / scale, 0.0)
-        return missing if place.added is None else missing - place.along_outputs(before[place.added])
+        return missing if place.added is None else missing - place.along_outputs(after[place.added])
 
     def _solved(self, place: Place, sums: Moments, old: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """New weights of one group, and the constant that goes with them."""
@@ -203,7 +209,7 @@ class _Twins:
 
     def _move_constant(self, place: Place, constant: Tensor, lives: Tensor) -> None:
         """Make the constant the bias; or the running mean, which is subtracted."""
-        old = self.tensors.get(place.bias, self.named[place.bias])
+        old = self.tensors[place.bias]
         new = constant.to(old) if place.own_bias else old - constant.to(old)
         self._write(place.bias, torch.where(lives, new, old))
 

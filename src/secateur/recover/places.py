@@ -36,8 +36,8 @@ class Place:
     """A weight that is used once. ``bias`` is the tensor that a constant added to the outputs can go into: a bias, or
     the running mean of the batch norm that follows ("" where there is neither, and then outputs get no constant).
 
-    ``added`` is the operator's own bias where that is not ``bias``, because others use it too. ``norm`` is that batch
-    norm. ``other`` is what the outputs are added to, as in a residual block, where they are.
+    ``added`` is what the operator adds where that is not ``bias``: a bias that others use too, or no bias. ``norm`` is
+    that batch norm. ``other`` is what the outputs are added to, as in a residual block, where they are.
     """
 
     node: fx.Node
@@ -68,9 +68,13 @@ class Place:
         return self.added is None and bool(name) and _argument(self.node, name, None) is not None
 
     def along_outputs(self, values: Tensor) -> Tensor:
-        """One value per output, in a shape that broadcasts over the operator's output."""
-        spatial = self.node.meta["val"].dim() - 2 if operator_name(self.node.target).startswith("conv") else 0
-        return values.view(-1, *[1] * spatial)
+        """Values whose last dimension is the outputs, in a shape that broadcasts over the operator's output."""
+        return values.view(*values.shape, *[1] * len(self._kernel))
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel; none elsewhere."""
+        return _kernel(self.node)
 
     @property
     def groups(self) -> int:
@@ -79,15 +83,16 @@ class Place:
     def rows(self, x: Tensor, y: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs (groups, rows, inputs) and outputs (groups, rows, outputs), of about ``most`` rows at random."""
         if not operator_name(self.node.target).startswith("conv"):
-            x, y = x.flatten(0, -2), y.flatten(0, -2)
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
             chosen = _some(len(x), most / max(len(x), 1), generator).to(x.device)
             return x[chosen][None], y[chosen][None]
-        return self._windows(x, y, most, generator)
+        one = x.dim() == 1 + len(self._kernel)  # without a batch dimension
+        return self._windows(x[None] if one else x, y[None] if one else y, most, generator)
 
     def _windows(self, x: Tensor, y: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What each output position of a convolution sees. Whole lines of positions are chosen, not single ones."""
         spatial = y.dim() - 2
-        kernel = self.node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+        kernel = self._kernel
         stride, dilation = (_each(_argument(self.node, name, 1), spatial) for name in ("stride", "dilation"))
         x = F.pad(x, _padding(_argument(self.node, "padding", 0), kernel, dilation))
         part = (most / (len(y) * math.prod(y.shape[2:]))) ** (1 / spatial)
@@ -131,7 +136,7 @@ def places(graph: Graph) -> dict[fx.Node, Place]:
         norm, other = _onward(node)
         mean: Any = norm.args[3] if norm is not None else None
         constant = held.get(bias if bias is not None else mean, "")
-        constant = constant if uses[constant] == 1 else ""
+        constant = constant if uses[constant] == 1 and len(program.tensors[constant].shape) == 1 else ""
         added = bias if bias is not None and constant != held.get(bias) else None
         found[node] = Place(node, name, read, constant, added, norm, other)
     return found
@@ -143,7 +148,7 @@ def _onward(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     while len(here.users) == 1:
         user = next(iter(here.users))
         name = operator_name(user.target) if user.op == "call_function" else ""
-        if name == "batch_norm" and norm is None and user.args[0] is here and isinstance(user.args[4], fx.Node):
+        if name == "batch_norm" and norm is None and user.args[0] is here and _shifts(user, node):
             norm = user
         elif name == "add":
             others = [a for a in user.args[:2] if a is not here]
@@ -153,6 +158,18 @@ def _onward(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
             break
         here = user
     return norm, None
+
+
+def _shifts(norm: fx.Node, node: fx.Node) -> bool:
+    """Whether a batch norm takes its running statistics, and the node's outputs for its channels."""
+    value = node.meta["val"]
+    channels = value.dim() - 1 - len(_kernel(node))
+    return isinstance(norm.args[4], fx.Node) and not _argument(norm, "training", False) and channels == 1
+
+
+def _kernel(node: fx.Node) -> tuple[int, ...]:
+    convolves = operator_name(node.target).startswith("conv")
+    return tuple(node.args[1].meta["val"].shape[2:]) if convolves else ()  # type: ignore[union-attr]
 
 
 def _shape(node: Any) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import arg_tree_leaves
 
 from secateur.errors import DataError
 from secateur.graph.graph import Graph
+from secateur.graph.program import flat_inputs
 from secateur.graph.rules import operator_name, pointwise
 from secateur.graph.shapes import Elsewhere
 from secateur.graph.types import example_args
@@ -137,7 +137,8 @@ class _Watch(fx.Interpreter):
         args, kwargs = example_args(inputs)
         codegen = self.graph._codegen
         assert isinstance(codegen, fx.graph._PyTreeCodeGen)
-        return codegen.process_outputs(self.run(*arg_tree_leaves(*args, **kwargs), enable_io_processing=False))
+        flat = flat_inputs(self.graph, args, kwargs)
+        return codegen.process_outputs(self.run(*flat, enable_io_processing=False))
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)

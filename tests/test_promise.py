@@ -268,6 +268,22 @@ class Normed(nn.Module):
         return self.out(torch.relu(self.norm(self.inside(x))))
 
 
+def test_what_cannot_be_is_said_before_anything_is_computed(trained: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("secateur.api.analyze", lambda *_: pytest.fail("something was computed"))
+    model, task = trained
+    for wishes, words in (
+        ({"reconstruct": "magic"}, "expected one of bias, least_squares, blockwise"),
+        ({"reconstruct": "bias", "pattern": "layer"}, "pattern 'layer' drops whole blocks"),
+        ({"reconstruct": "bias", "pattern": "channel+layer"}, "drops whole blocks"),
+        ({"rounds": 0, "epochs": 1}, "rounds=0 needs"),
+        ({"rounds": 2}, "epochs for every round"),
+        ({"rounds": 2, "epochs": 1, "pattern": "2:4", "budget": "max_drop=1%"}, "a budget that can be split"),
+        ({"rounds": 2, "epochs": 1, "budget": "latency=50%"}, "cannot be split into rounds"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            prune(model, task.train[0][:2], task=task, **wishes)
+
+
 def test_rounds_that_zeros_cannot_stand_for_are_refused(trained: Any) -> None:
     model, task = trained
     x = task.train[0][:2]

@@ -25,7 +25,7 @@ from secateur.promise import CHECKING, CHOOSING, Half, HalfTask, keep
 from secateur.recover import Recovery
 from secateur.report import Point
 from secateur.report.log import Log
-from secateur.road import Arrived, Trip, checkpoint, least_part, of_part, walk, whole
+from secateur.road import Arrived, Trip, checkpoint, least_part, of_part, require_possible, walk, whole
 from secateur.store import Result
 from secateur.targets.onnx import export_onnx
 from secateur.tasks import Task, evaluate, plain
@@ -89,6 +89,7 @@ def prune(
     Raises PruneError's children, each saying what was found and what to do; the model is then as it was.
     """
     _require_task(task, epochs=epochs or None, reconstruct=reconstruct)
+    require_possible(pattern, budget, task, reconstruct, rounds, epochs)
     options = {"lr": lr, "amp": amp, "patience": patience, "seed": seed, **(recovery or {})}
     Recovery(epochs=epochs, **options)  # read now, so that a mistake does not end an hour of pruning
     given, model = model, plain(model)

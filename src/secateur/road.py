@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from secateur import criteria, patterns
 from secateur.apply.mask import mask
 from secateur.apply.shrink import Shrunk, carry_out
-from secateur.budget import Budget, rounds
+from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
+from secateur.budget import rounds as budget_rounds
 from secateur.criteria import Criterion
 from secateur.depth import make
 from secateur.errors import BudgetError, SpecError
@@ -25,6 +26,7 @@ from secateur.measure import latency
 from secateur.plan import Plan
 from secateur.progress import track
 from secateur.recover import recalibrate_, reconstruct, recover
+from secateur.recover.compensate import require_known
 from secateur.stats import Stats
 from secateur.tasks import Task, batches, clone, evaluate
 
@@ -56,6 +58,26 @@ class Arrived:
     @property
     def model(self) -> nn.Module:
         return self.stages[-1][1]
+
+
+def require_possible(
+    pattern: str, budget: str | None, task: Task | None, reconstruct: str | None, rounds: int, epochs: int
+) -> None:
+    """Raise SpecError for what no trip can do, whatever the model, before anything is computed."""
+    shape = patterns.parse(pattern)
+    if reconstruct is not None:
+        require_known(reconstruct)
+        if isinstance(shape, patterns.Layer | patterns.Both):
+            raise SpecError(
+                f"reconstruct={reconstruct!r} refits the layers after removed channels or weights, and pattern "
+                f"{pattern!r} drops whole blocks; leave reconstruct out"
+            )
+    if rounds != 1:
+        wish = parse_budget(budget) if budget is not None and not isinstance(shape, patterns.NM) else None
+        if rounds < 1 or wish is None or task is None or not epochs:
+            raise SpecError(f"rounds={rounds} needs a budget that can be split, a task, and epochs for every round")
+        if wish.kind != "max_drop":  # the candidates of a promise have budgets of their own
+            list(budget_rounds(wish, rounds))
 
 
 def walk(trip: Trip, budget: str | None) -> Arrived:
@@ -122,9 +144,9 @@ def _through_rounds(trip: Trip, budget: str | None) -> tuple[nn.Module, dict[str
     model, wishes = trip.model, dict(trip.wishes)
     if trip.rounds == 1:
         return model, wishes
-    if budget is None or trip.task is None or not trip.epochs:
-        raise SpecError(f"rounds={trip.rounds} needs a budget that can be split, a task, and epochs for every round")
-    for now in list(rounds(parse_budget(budget), trip.rounds))[:-1]:
+    assert budget is not None
+    assert trip.task is not None
+    for now in list(budget_rounds(parse_budget(budget), trip.rounds))[:-1]:
         chosen = _choose(model, trip.graph, {**wishes, "budget": str(now)})
         _require_exact(trip.graph, chosen)
         if trip.compensate:

@@ -75,6 +75,8 @@ class _StandIn:
         name = f"hidden_{next(_NUMBERS)}"
         _LIBRARY.define(f"{name}(Tensor[] inputs) -> Tensor[]")  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, self.compute, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        # The operators within note their own gradients.
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"secateur::{name}", self.shapes, lib=_LIBRARY)
         self.operator = getattr(torch.ops.secateur, name)
         _REASONS[f"secateur.{name}"] = f"torch.export cannot follow {path} ({type(module).__name__}): {why}"

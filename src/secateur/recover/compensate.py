@@ -56,8 +56,7 @@ def reconstruct(
     Raises SpecError for an unknown method, PlanError for a plan that drops whole blocks, DataError for calibration
     data that are empty, or on which values become NaN or infinite.
     """
-    if method not in METHODS:
-        raise SpecError(f"reconstruct={method!r} is unknown; expected one of {', '.join(METHODS)}")
+    require_known(method)
     if plan.dropped:
         raise PlanError(
             f"reconstruct={method!r} refits the layers after removed channels or weights, and the plan drops whole "
@@ -74,6 +73,12 @@ def reconstruct(
         for name, value in changed.items():
             tensors[name].copy_(value)
     return result
+
+
+def require_known(method: str) -> None:
+    """Raise SpecError for what is no method."""
+    if method not in METHODS:
+        raise SpecError(f"reconstruct={method!r} is unknown; expected one of {', '.join(METHODS)}")
 
 
 def _one_program(model: nn.Module, graph: Graph, task: Task) -> tuple[Graph, list[list[Any]]]:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,21 @@ def test_evaluate_counts_scores_that_are_not_numbers():
     task = Broken(split(4), split(4), split(7))
     with pytest.raises(DataError, match="3 of 7 scores on the test split are NaN or infinite"):
         evaluate(nn.Linear(3, 3), task, "test")
+
+
+def test_a_model_without_the_class_of_an_example_is_named():
+    with pytest.raises(DataError, match="the data has the class 2, the model gives logits for 2, counted from 0"):
+        evaluate(nn.Linear(3, 2), small(), "test")
+    with pytest.raises(DataError, match="class that the model gives no logits for: Target 2 is out of bounds"):
+        small().loss(torch.zeros(3, 2), torch.arange(3))
+
+
+def test_logits_may_be_carried_by_an_output_of_another_kind():
+    class Carrier(nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    assert evaluate(Carrier(3, 3), small(), "test").shape == evaluate(nn.Linear(3, 3), small(), "test").shape
 
 
 def test_a_summary_that_is_no_number_is_named():

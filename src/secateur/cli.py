@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from secateur.errors import PruneError, SpecError
+from secateur.files import require_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -192,7 +193,6 @@ def prune(
 ) -> None:
     """Prune a model to a budget, recover it, and write the model with its report."""
     import secateur as sc
-    from secateur.files import require_folder
 
     require_folder(out)
     recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
@@ -261,7 +261,6 @@ def export(
 ) -> None:
     """Export a model for a runtime, checked there against eager PyTorch."""
     import secateur as sc
-    from secateur.files import require_folder
 
     require_folder(out)
     net, example, _ = _load(model, dense, input, data)

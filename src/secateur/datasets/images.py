@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from secateur.datasets.splits import parts, require_classes
 from secateur.errors import DataError, MissingExtra
 from secateur.tasks import CALIBRATION, Pass, check_split, passing
+from secateur.tasks.classification import cross_entropy, right
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -50,11 +51,11 @@ class ImageFolder:
 
         return passing(split, len(examples), self.batch_size, batch)
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target)
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        return cross_entropy(output, target)
 
-    def scores(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output.argmax(dim=1) == target).float()
+    def scores(self, output: Any, target: Tensor) -> Tensor:
+        return right(output, target)
 
 
 def image_folder(path: Path, size: int = 224) -> ImageFolder:

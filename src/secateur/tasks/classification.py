@@ -15,6 +15,28 @@ from secateur.errors import DataError
 from secateur.tasks.task import CALIBRATION, SPLITS, Pass, check_split, logits_of, passing
 
 
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """The mean over the batch. Raises DataError for a target that the logits do not have, as far as torch notices."""
+    try:
+        return F.cross_entropy(logits_of(output), target)
+    except IndexError as error:
+        raise DataError(
+            f"the data has a class that the model gives no logits for: {error} "
+            "Give labels within, or a model with more outputs"
+        ) from error
+
+
+def right(output: Any, target: Tensor) -> Tensor:
+    """1 where the likeliest class is the target, else 0. Raises DataError for a target that the logits do not have."""
+    logits = logits_of(output)
+    if (last := int(target.max())) >= logits.shape[1]:
+        raise DataError(
+            f"the data has the class {last}, the model gives logits for {logits.shape[1]}, counted from 0; "
+            "give labels within, or a model with more outputs"
+        )
+    return (logits.argmax(dim=1) == target).float()
+
+
 @dataclass(frozen=True, eq=False)
 class Classification:
     """Classification of examples held in memory, each split a pair ``(x, y)``.
@@ -66,11 +88,11 @@ class Classification:
         examples: tuple[Tensor, Tensor] = getattr(self, split)
         return examples
 
-    def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output, target)
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        return cross_entropy(output, target)
 
-    def scores(self, output: Tensor, target: Tensor) -> Tensor:
-        return (output.argmax(dim=1) == target).float()
+    def scores(self, output: Any, target: Tensor) -> Tensor:
+        return right(output, target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +140,7 @@ class TextClassification:
         return examples
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(output), target)
+        return cross_entropy(output, target)
 
     def scores(self, output: Any, target: Tensor) -> Tensor:
-        return (logits_of(output).argmax(dim=1) == target).float()
+        return right(output, target)

@@ -207,6 +207,24 @@ def test_a_part_that_cannot_be_followed_is_passed_through(method: str) -> None:
     assert error(small, model, fresh) < 0.9 * error(carry_out(model, plan).model, model, fresh)
 
 
+@pytest.mark.parametrize("budget", ["params=60%", None])
+def test_few_examples_do_no_harm(budget: str | None) -> None:
+    """A layer with four times as many inputs as there are examples would fit their noise."""
+    torch.manual_seed(0)
+    model = Net(lambda s, x: s.b(torch.relu(s.a(x)).flatten(1)), a=nn.Conv2d(3, 6, 3, padding=1), b=nn.Linear(384, 4))
+    model = model.eval()
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(6)]
+    graph = analyze(model, batches[0])
+    wishes = {"budget": budget} if budget else {"budget": "sparsity=50%", "pattern": "unstructured"}
+    plan = make_plan(model, graph, criterion="random", **wishes)
+    fresh = [torch.randn(16, 3, 8, 8) for _ in range(10)]
+    errors = []
+    for some in (model, reconstruct(model, graph, plan, Given(batches))):
+        small = carry_out(some, plan, graph.inputs).model if budget else mask(some, plan)
+        errors.append(error(small, model, fresh))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_classes_alone_say_nothing_to_steps_along_gradients() -> None:
     torch.manual_seed(0)
     model = Net(lambda s, x: s.b(torch.relu(s.a(x))).argmax(1), **_linears(a=(6, 12), b=(12, 4))).eval()

@@ -37,7 +37,7 @@ from secateur.tasks import Task, batches, clone, mode, plain
 METHODS = ("bias", "least_squares", "blockwise")
 
 DAMP = 1e-3
-"""How much the old weights count, relative to the mean square of an input."""
+"""How much the old weights count, relative to the mean square of an input; more where rows are few, see ``_damp``."""
 
 TINY = 1e-3
 """A batch norm's scale below which an output cannot make up for anything."""
@@ -208,8 +208,8 @@ class _Twins:
                 "check the data and the weights before it"
             )
         if not place.bias:
-            return solve(*sums.raw(), old, keep, DAMP), cross.new_zeros(len(old))
-        new = torch.where(keep, old, 0.0) if self.method == "bias" else solve(gram, cross, old, keep, DAMP)
+            return solve(*sums.raw(), old, keep, _damp(sums)), cross.new_zeros(len(old))
+        new = torch.where(keep, old, 0.0) if self.method == "bias" else solve(gram, cross, old, keep, _damp(sums))
         return new, y - new @ x
 
     def _move_constant(self, place: Place, constant: Tensor, lives: Tensor) -> None:
@@ -228,6 +228,11 @@ class _Twins:
         found = tune(stretch, self.small, self.named, self.before, self.after, self.plan.masks)
         for name, value in found.items():
             self._write(name, value)
+
+
+def _damp(sums: Moments) -> float:
+    """Beyond 16 rows for each input it is DAMP; of fewer, noise would be fitted."""
+    return max(DAMP, (sums.inputs / sums.count / 2) ** 2)
 
 
 def _last_uses(nodes: Sequence[fx.Node], stretches: Sequence[Stretch]) -> dict[fx.Node, list[fx.Node]]:

@@ -32,6 +32,11 @@ class Moments:
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
         self.count += len(x)
 
+    @property
+    def inputs(self) -> int:
+        assert self._shift is not None
+        return len(self._shift[0])
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariances of x with x and with y, and the means of both: float64."""
         assert self._shift is not None

@@ -105,6 +105,16 @@ def _stretch(nodes: list[fx.Node]) -> Stretch:
     return Stretch(tuple(nodes), frozenset(read), constants)
 
 
+def _own(stretch: Stretch, names: Mapping[fx.Node, str], named: Mapping[str, Tensor]) -> list[fx.Node]:
+    """The reads of parameters that nothing outside the stretch reads."""
+    return [
+        node
+        for node, name in names.items()
+        if name in named and isinstance(named[name], nn.Parameter) and named[name].is_floating_point()
+        if all(user in stretch.nodes for user in node.users) and list(names.values()).count(name) == 1
+    ]
+
+
 def tune(
     stretch: Stretch,
     small: Small,
@@ -118,12 +128,7 @@ def tune(
     before, after: the values of both networks, per batch, with everything that the stretch reads.
     """
     names = {n: small.program.aliases.get(str(n.target), str(n.target)) for n in stretch.reads}
-    own = {
-        node: small.tensors[name].detach().clone()
-        for node, name in names.items()
-        if name in named and isinstance(named[name], nn.Parameter) and named[name].is_floating_point()
-        if all(user in stretch.nodes for user in node.users) and list(names.values()).count(name) == 1
-    }
+    own = {n: small.tensors[names[n]].detach().clone() for n in _own(stretch, names, named)}
     if not own:
         return {}
     keep = {node: masks[names[node]].to(value.device) for node, value in own.items() if names[node] in masks}

@@ -88,6 +88,7 @@ def test_prune_writes_a_directory_that_the_other_verbs_read() -> None:
     Path("out/report.html").unlink()
     shown = secateur("report", "out").stdout
     assert "recovered" in shown
+    assert "Score against dense: " in shown
     assert Path("out/report.html").is_file()
 
     bench = json.loads(

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from typing import Any
 
+from torch import Tensor
+
 from secateur.errors import DataError
 from secateur.progress import track
 from secateur.tasks import Interval, Scores, Task, paired_difference, proportion
@@ -41,10 +43,16 @@ class HalfTask:
         return self._every_other(found) if split == "validation" else found
 
     def _every_other(self, found: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        number = -1
+        number, classes = -1, set[Any]()
         for number, batch in enumerate(found):
             if number % 2 == self._half:
+                classes |= _classes(batch[1])
                 yield batch
+        if len(classes) == 1:
+            raise DataError(
+                f"all validation examples of one half are of class {classes.pop()}, and a score on one class says "
+                "nothing of the others; give a validation split with examples of every class"
+            )
         if number < 1:
             raise DataError(
                 "max_drop= splits the validation batches in two, one half to choose on and one to check on, and there "
@@ -53,6 +61,13 @@ class HalfTask:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
+
+
+def _classes(targets: Any) -> set[Any]:
+    """The class indices of a batch; other targets than one such index per example count as no single class."""
+    if isinstance(targets, Tensor) and targets.dim() == 1 and not targets.is_floating_point():
+        return set(targets.tolist())
+    return {0, 1}
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,8 +122,8 @@ def _score(value: float) -> str:
     return f"{value:.1%}" if 0 <= value <= 1 else f"{value:.4g}"
 
 
-def _drop(drop: Interval, form: str = "{} points ({} to {})") -> str:
-    """A drop, said as the change that it is."""
+def told(drop: Interval, form: str = "{} points ({} to {})") -> str:
+    """A drop, said as the change that it is, with its interval."""
     value, low, high = (
         f"{round(100 * v, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}") for v in (-drop.value, -drop.high, -drop.low)
     )
@@ -133,7 +133,7 @@ def _drop(drop: Interval, form: str = "{} points ({} to {})") -> str:
 def _summary(report: Report) -> str:
     said = [f"{change.label.lower()} {change.words}" for change in _changes(report)]
     if (drop := _last(report, "drop")) is not None:
-        said.append(f"score {_drop(drop)}")
+        said.append(f"score {told(drop)}")
     return f"Against the {report.rows[0].stage} model: {', '.join(said)}." if said else ""
 
 
@@ -184,7 +184,7 @@ def _section(heading: str, caption: str, body: str, width: str = "") -> str:
 def _tiles(report: Report) -> Iterator[str]:
     score, drop = _last(report, "accuracy"), _last(report, "drop")
     if score is not None:
-        yield _tile("Score", _score(score.value), _drop(drop) if drop is not None else "")
+        yield _tile("Score", _score(score.value), told(drop) if drop is not None else "")
     for name in metrics(report):
         values = [_metric(name, row) for row in report.rows if name in row.metrics]
         yield _tile(escape(name), values[-1], f"was {values[0]}")
@@ -216,7 +216,7 @@ def _stages(report: Report) -> str:
         ("Score", lambda row: spread(row.accuracy, _score)),
         (
             "Change",
-            lambda row: _drop(row.drop, "{} points<small>{} to {}</small>") if row.drop else "",
+            lambda row: told(row.drop, "{} points<small>{} to {}</small>") if row.drop else "",
         ),
         *((escape(name), partial(_metric, name)) for name in metrics(report)),
         ("Multiply-adds", lambda row: "" if row.macs is None else count(row.macs)),

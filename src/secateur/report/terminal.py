@@ -14,7 +14,7 @@ from rich.table import Table
 from secateur.graph import Graph
 from secateur.graph.savings import worths
 from secateur.report import Report
-from secateur.report.html import count, duration, metrics, size
+from secateur.report.html import count, duration, metrics, size, told
 
 SHOWN = 5
 """Frozen axes that a summary lists; the report has all."""
@@ -42,6 +42,8 @@ def show(report: Report, folder: Path | None) -> None:
             *("" if row.memory is None else size(row.memory) for _ in last),
         )
     Console().print(table)
+    if report.rows and (drop := report.rows[-1].drop) is not None:
+        typer.echo(f"Score against {report.rows[0].stage}: {told(drop)}, paired, with 95 % confidence")
     if report.law:
         typer.echo(f"Removing is zeroing: relative error {report.law.error:.1e} against {report.law.oracle}")
     for frozen in report.frozen[:SHOWN]:

@@ -224,6 +224,23 @@ class _NanScores:
         return torch.where(output.isnan().any(1), torch.nan, self.task.scores(output, target))
 
 
+def test_compensation_that_does_harm_is_taken_back(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task = trained
+
+    def harmful(dense: nn.Module, *_: Any) -> nn.Module:
+        wrong = copy.deepcopy(dense)
+        with torch.no_grad():
+            wrong.out.weight.neg_()
+        return wrong
+
+    x = task.train[0][:2]
+    plain = prune(model, x, pattern="unstructured", budget="sparsity=20%", task=task)
+    monkeypatch.setattr("secateur.road.reconstruct", harmful)
+    result = prune(model, x, pattern="unstructured", budget="sparsity=20%", task=task, reconstruct="bias")
+    assert [row.stage for row in result.report.rows][:4] == ["dense", "pruned", "compensated", "taken back"]
+    assert torch.equal(result.model(task.test[0]), plain.model(task.test[0]))
+
+
 # --- rounds -----------------------------------------------------------------------------------------
 
 

@@ -84,15 +84,19 @@ def walk(trip: Trip, budget: str | None) -> Arrived:
     """Prune to a budget, and give the model back what it lost. The dense model is not changed."""
     model, wishes = _through_rounds(trip, budget)
     chosen, done = _carried_out(trip, model, {**wishes, "budget": budget})
-    stages = [("pruned", done.model)]
+    stages, refitted = [("pruned", done.model)], None
     if trip.compensate and trip.task is not None:
-        done = _compensated(trip, model, chosen, done)
-        stages.append(("compensated", done.model))
+        refitted = _compensated(trip, model, chosen, done)
+        stages.append(("compensated", refitted.model))
+        if _validated(refitted.model, trip.task) < _validated(done.model, trip.task):
+            stages.append(("taken back", done.model))  # such as where most of the calibration data is padding
+        else:
+            done = refitted
     if trip.task is not None and _keeps_statistics(done.model):
         fresh = clone(done.model)
         recalibrate_(fresh, (inputs for inputs, _ in batches(trip.task, "calibration", fresh)))
         # Refitted weights already give what the old statistics expect; new ones can do harm then.
-        if not trip.compensate or _validated(fresh, trip.task) > _validated(done.model, trip.task):
+        if done is not refitted or _validated(fresh, trip.task) > _validated(done.model, trip.task):
             stages.append(("recalibrated", fresh))
     if trip.epochs and trip.task is not None:
         options = {**trip.options, "epochs": trip.epochs, **(checkpoint(trip, "last round") if trip.rounds > 1 else {})}

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import traceback
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -61,6 +62,12 @@ def conditions() -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in packages},
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def trace(lines: int) -> list[str]:
+    """The last lines of the traceback of the error being handled, without this machine's folders."""
+    text = traceback.format_exc().replace(f"{ROOT}/", "").strip()
+    return re.sub(r'"[^"\n]*/site-packages/', '"', text).splitlines()[-lines:]
 
 
 def save(name: str, rows: Mapping[str, Row]) -> Path:

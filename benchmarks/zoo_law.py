@@ -17,7 +17,6 @@ import re
 import resource
 import sys
 import time
-import traceback
 from collections import Counter
 from math import ceil, prod
 from typing import Any
@@ -58,8 +57,7 @@ def law_row(entry: Entry) -> Row:
     except PruneError as error:
         row |= {"outcome": "refused", "message": _line(error)}
     except Exception as error:
-        trace = traceback.format_exc().replace(f"{common.ROOT}/", "").strip().splitlines()[-7:]
-        row |= {"outcome": "crash", "message": f"{type(error).__name__}: {_line(error)}", "trace": trace}
+        row |= {"outcome": "crash", "message": f"{type(error).__name__}: {_line(error)}", "trace": common.trace(7)}
     row.setdefault("seconds", {})["whole"] = time.perf_counter() - start
     row["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return row

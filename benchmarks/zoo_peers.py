@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import copy
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +62,7 @@ def peer_row(entry: Entry, prune: Callable[[nn.Module, Any, Tensor], nn.Module])
         found = first(small, inputs)
         row |= judge(found, expected, first(zeroed, inputs), norms_cut(model, kept))
     except Exception as error:
-        trace = traceback.format_exc().replace(f"{common.ROOT}/", "").strip().splitlines()[-3:]
-        row |= {"message": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "trace": trace}
+        row |= {"message": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "trace": common.trace(3)}
     finally:
         row["seconds"] = {"whole": time.perf_counter() - start}
     return row

@@ -23,6 +23,12 @@ def seeds() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports time their models for an instant: no test asserts a time."""
+    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real weights and images, named by SECATEUR_DATA or next to the repository."""

@@ -12,11 +12,6 @@ from secateur.errors import BudgetError, DataError, PlanError, PruneError, SpecE
 from secateur.tasks import Classification
 
 
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 def task(n=48, batch=16):
     """Two classes that a small network learns in one pass: bright and dark images."""
     y = torch.arange(n) % 2

@@ -237,12 +237,6 @@ def test_in_place_is_the_same_as_a_copy(implicit):
     assert [(m.num_heads, m.head_dim) for m in model.layers] == [(m.num_heads, m.head_dim) for m in want.model.layers]
 
 
-@pytest.fixture
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
-@pytest.mark.usefixtures("_short_timing")
 def test_axes_of_which_a_class_remembers_one_size_keep_the_same_part():
     torch.manual_seed(0)
     model = Stack(Attention(3, 8), Attention(3, 8)).eval()
@@ -259,7 +253,6 @@ def test_axes_of_which_a_class_remembers_one_size_keep_the_same_part():
     assert any("remembers one size" in note for note in result.report.notes)
 
 
-@pytest.mark.usefixtures("_short_timing")
 def test_attributes_and_factors_survive_saving(tmp_path):
     model = Stack(Attention(3, 8, implicit=True), Attention(3, 8, implicit=True)).eval()
     result = api.prune(model, X, budget="params=60%")
@@ -271,7 +264,6 @@ def test_attributes_and_factors_survive_saving(tmp_path):
     assert [vars(m)["head_dim"] for m in loaded.layers] == [vars(m)["head_dim"] for m in result.model.layers]
 
 
-@pytest.mark.usefixtures("_short_timing")
 @pytest.mark.parametrize(
     ("attributes", "error", "message"),
     [

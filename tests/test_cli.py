@@ -78,6 +78,15 @@ def test_inspect_lists_axes_and_why_some_are_frozen() -> None:
     assert "2 of 4 axes are free" in table
 
 
+def test_a_promise_is_kept_or_refused_on_the_command_line() -> None:
+    words = ["secateur.demo:DigitNet", "--data", "digits", "--reconstruct", "least_squares", "--out", "out"]
+    report = json.loads(secateur("prune", *words, "--budget", "max_drop=20%", "--json").stdout)
+    assert report["meta"]["budget"] == "max_drop=20%"
+    assert report["notes"][0].startswith(("With 95 % confidence", "No model could be shown"))
+    assert report["tried"]
+    assert "would do in both together" in mistake("prune", *words, "--budget", "max_drop=0.1%")
+
+
 def test_prune_writes_a_directory_that_the_other_verbs_read() -> None:
     words = ["small.py:net", "--data", "small.py:data", "--budget", "macs=50%", "--epochs", "1", "--out", "out"]
     report = json.loads(secateur("prune", *words, "--json").stdout)

@@ -52,11 +52,6 @@ class Hard(Backbone):
 X = torch.randn(2, 3, 6, 6)
 
 
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 def kept(model, graph, **wishes):
     """Per axis how many units stay."""
     found = make(model, graph, **{"budget": "params=40%", **wishes})

@@ -29,12 +29,6 @@ from secateur.apply.shrink import carry_out
 from secateur.graph import analyze
 from secateur.graph.trace import run
 
-
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 # --- finding ---------------------------------------------------------------------------------------
 
 

@@ -18,12 +18,6 @@ from secateur.apply.blame import relative_error
 from secateur.apply.shrink import carry_out
 from secateur.graph.trace import run
 
-
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 # --- real classes ----------------------------------------------------------------------------------
 
 

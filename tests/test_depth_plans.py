@@ -36,12 +36,6 @@ from secateur.graph.trace import run
 from secateur.patterns import Both, Channel, Layer, parse
 from secateur.tasks import Classification
 
-
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 # --- scores ----------------------------------------------------------------------------------------
 
 

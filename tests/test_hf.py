@@ -180,8 +180,7 @@ def test_narrower_heads_take_the_scale_into_the_query(transformers, name, tmp_pa
     assert all(scale == pytest.approx(6**-0.5) for scale in scales)
 
 
-def test_what_a_configuration_cannot_say_is_left_out_of_it(transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
+def test_what_a_configuration_cannot_say_is_left_out_of_it(transformers, tmp_path):
     model, inputs = build(transformers, "llama")
     result = api.prune(model, inputs, budget="params=60%")
     assert result.form == "module"
@@ -193,8 +192,7 @@ def test_what_a_configuration_cannot_say_is_left_out_of_it(transformers, tmp_pat
     assert type(loaded) is type(model)
 
 
-def test_a_saved_model_has_its_new_configuration(transformers, tmp_path, monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
+def test_a_saved_model_has_its_new_configuration(transformers, tmp_path):
     model, inputs = build(transformers, "mistral")
     ignore = wishes_of(analyze(model, inputs), WIDTHS)["ignore"]
     result = api.prune(model, inputs, budget="params=60%", allocate="uniform", ignore=ignore)

@@ -20,12 +20,6 @@ from secateur.errors import DataError, SpecError
 from secateur.promise import CHECKING, CHOOSING, Half, HalfTask, keep
 from secateur.tasks import Classification, Scores, evaluate, paired_difference
 
-
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 # --- the decision, on scores alone -----------------------------------------------------------------
 
 
@@ -165,6 +159,48 @@ class Watched(Classification):
 
     now: list[int] = []  # noqa: RUF012
     used: list[int] = []  # noqa: RUF012
+
+
+class Deep(nn.Module):
+    """Residual blocks, of which some do nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(8, 16), nn.Linear(16, 2)
+        self.blocks = nn.Sequential(*(Branch(scale) for scale in (1.0, 0.0, 0.0, 0.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.blocks(torch.relu(self.stem(x))))
+
+
+class Branch(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.down.weight.mul_(scale)
+            self.down.bias.mul_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize("pattern", ["layer", "channel+layer", "channel/8"])
+def test_the_promise_holds_for_blocks_and_multiples(trained: Any, pattern: str) -> None:
+    task = trained[1]
+    torch.manual_seed(0)
+    model = Deep().eval()
+    labels = {name: model(getattr(task, name)[0]).argmax(1) for name in ("train", "validation", "test")}
+    own = replace(task, **{name: (getattr(task, name)[0], y) for name, y in labels.items()})  # it is always right
+    result = prune(model, task.train[0][:2], pattern=pattern, budget="max_drop=5%", task=own)
+    assert result.report.notes[0].startswith("With 95 % confidence")
+    dense, small = (evaluate(m, HalfTask(own, CHECKING), "validation") for m in (model, result.model))
+    assert paired_difference(dense, small).high <= 0.05
+    macs = [row.macs for row in result.report.rows]
+    assert macs[-1] < (1.0 if pattern == "channel/8" else 0.7) * macs[0]  # three of four blocks do nothing
+    if pattern == "channel/8":
+        assert all(n % 8 == 0 for n in result.plan.allocation.kept.values())
+    assert result.report.tried
 
 
 def test_fine_tuning_is_part_of_it_and_never_sees_the_half_that_checks(trained: Any) -> None:

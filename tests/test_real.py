@@ -24,11 +24,6 @@ def load(name, file="nets"):
     return load_callable(f"{BENCHMARKS / file}.py:{name}")()
 
 
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 def test_pretrained_resnets_keep_the_law_at_half_the_macs(data, name):
     model, x = load(name), torch.randn(2, 3, 32, 32)

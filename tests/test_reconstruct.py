@@ -301,6 +301,8 @@ def test_mistakes_are_named() -> None:
         reconstruct(model, graph, plan, task_of(x), "magic")
     with pytest.raises(DataError, match="no batches"):
         reconstruct(model, graph, plan, task_of(x[:0]))
+    with pytest.raises(DataError, match=r"fails on calibration batch 0, .*\[16, 5, 8, 8\].*the form of the example"):
+        reconstruct(model, graph, plan, task_of(torch.randn(16, 5, 8, 8)))
     with pytest.raises(DataError, match="is NaN or infinite on the calibration data"):
         reconstruct(model, graph, plan, task_of(torch.full_like(x, float("nan"))))
     blocks = make_plan(model, graph, pattern="layer", budget="params=80%", task=task_of(x))

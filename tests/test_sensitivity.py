@@ -238,8 +238,7 @@ def test_a_folder_is_given_with_the_strategy(tmp_path, counted):
 # --- the report ------------------------------------------------------------------------------------
 
 
-def test_the_report_shows_the_curves_that_were_measured_once(tmp_path, counted, monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.1)
+def test_the_report_shows_the_curves_that_were_measured_once(tmp_path, counted):
     model, graph, task = net()
     result = sc.prune(model, graph, budget="macs=60%", allocate="sensitivity", task=task)
     curves = result.report.sensitivity

@@ -11,11 +11,6 @@ from secateur import api, store
 from secateur.errors import DataError, PlanError, PruneError
 
 
-@pytest.fixture(autouse=True)
-def _short_timing(monkeypatch):
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
-
-
 def saved(tmp_path, net="plain", **wishes):
     model, inputs = build(net)
     result = api.prune(model, inputs, **({"budget": "params=60%"} | wishes))

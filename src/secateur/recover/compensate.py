@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.errors import DataError, PlanError, SpecError
+from secateur.errors import DataError, PlanError, SpecError, TraceError
 from secateur.graph import Graph
 from secateur.graph.program import flat_inputs
 from secateur.graph.shapes import Elsewhere
-from secateur.graph.trace import at_least_two, untouched
+from secateur.graph.trace import at_least_two, describe, first_line, untouched
 from secateur.graph.types import Flags, example_args
 from secateur.plan import Plan
 from secateur.progress import track
@@ -85,9 +85,15 @@ def _one_program(model: nn.Module, graph: Graph, task: Task) -> tuple[Graph, lis
     """The calibration inputs, flat, that one program serves, and its graph: of those of other shapes, the most."""
     elsewhere = Elsewhere(model, graph)
     found: dict[int, tuple[Graph, list[list[Any]]]] = {}
-    for inputs, _ in batches(task, "calibration", model):
+    for number, (inputs, _) in enumerate(batches(task, "calibration", model)):
         pair = at_least_two(inputs)  # a batch of one would need a program of its own
-        here = elsewhere.graph_of(pair)
+        try:
+            here = elsewhere.graph_of(pair)
+        except TraceError as error:
+            raise DataError(
+                f"the model fails on calibration batch {number}, {describe(inputs)}: "
+                f"{first_line(error.__cause__ or error)}; give data of the form of the example inputs"
+            ) from error
         args, kwargs = example_args(pair)
         found.setdefault(id(here), (here, []))[1].append(flat_inputs(here.program.module.graph, args, kwargs))
     return max(found.values(), key=lambda group: len(group[1]))

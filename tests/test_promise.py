@@ -241,6 +241,9 @@ def test_bad_promises(trained: Any) -> None:
         prune(model, x, budget="max_drop=1%")
     with pytest.raises(DataError, match="fewer than two"):
         prune(model, x, budget="max_drop=5%", task=replace(task, batch_size=5000))
+    empty = replace(task, validation=tuple(part[:0] for part in task.validation))
+    with pytest.raises(DataError, match="fewer than two"):
+        prune(model, x, budget="max_drop=5%", task=empty)
     ones = replace(task, validation=(task.validation[0], torch.ones(1200, dtype=torch.long)))
     with pytest.raises(DataError, match="of class 1, and a score on one class"):
         prune(model, x, budget="max_drop=5%", task=ones)

@@ -74,9 +74,18 @@ def test_a_check_that_fails_ends_the_sequence() -> None:
     assert verdict.kept.part == 0.5
     checked = [part for part, half in looked if half == CHECKING]
     assert checked == sorted(checked, reverse=True)
-    assert len(checked) == 2
+    assert len(checked) == 3
     first_check = [half for _, half in looked].index(CHECKING)
     assert all(half == CHECKING for _, half in looked[first_check:]), "the checking half was read while choosing"
+
+
+def test_a_safe_size_is_left_where_the_check_fails_for_half() -> None:
+    def attempt(part: float) -> Half:
+        return lambda half: answers(2000, 0.9) if half == CHECKING and part < 0.7 else np.ones(2000)
+
+    verdict = keep(lambda half: np.ones(2000), attempt, limit=0.02, least=0.05)
+    assert verdict.kept is not None
+    assert verdict.kept.part == 0.75
 
 
 def test_one_size_only() -> None:

@@ -22,8 +22,9 @@ from secateur.progress import track
 from secateur.tasks import Interval, Scores, Task, paired_difference, proportion
 from secateur.tasks.intervals import Z95
 
-TRIES = 7
-"""Candidates that are pruned, recovered and evaluated."""
+TRIES, ANCHORS = 8, (0.75, 0.5)
+"""Candidates that are pruned, recovered and evaluated, at most; and the parts that are tried first, so that a check
+which fails for the smaller ones still has a safer one to return."""
 
 CHOOSING, CHECKING = 0, 1
 
@@ -123,8 +124,9 @@ def keep(before: Half, attempt: Callable[[float], Half], limit: float, least: fl
     for scores in dense.values():
         _require_enough(scores, limit)
     found: dict[float, tuple[Candidate, Half]] = {}
-    low, high, part = least, largest, min(max(least, 0.5), largest)
+    low, high, anchors = least, largest, iter(ANCHORS)
     for _ in track(range(TRIES), "Keeping the promise"):
+        part = next((anchor for anchor in anchors if low < anchor < high), sqrt(low * high))
         small = attempt(part)
         scores = small(CHOOSING)
         tried = Candidate(part, proportion(scores), paired_difference(dense[CHOOSING], scores))
@@ -132,7 +134,6 @@ def keep(before: Half, attempt: Callable[[float], Half], limit: float, least: fl
         low, high = (low, part) if tried.chosen.high <= limit else (part, high)
         if high <= low * 1.02:
             break
-        part = sqrt(low * high)
     return _checked(dense[CHECKING], found, limit)
 
 

@@ -221,6 +221,20 @@ def test_solve_is_least_squares_row_by_row() -> None:
     torch.testing.assert_close(alike.T, torch.linalg.lstsq(x.double(), y.double()).solution, atol=1e-4, rtol=1e-3)
 
 
+def test_solve_needs_no_steps_where_whole_outputs_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels take rows and columns of a weight: what is left still has one set of inputs."""
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 6), torch.randn(100, 3)
+    moments = Moments()
+    moments.add_(x, y)
+    keep = torch.tensor([[True], [False], [True]]) & (torch.arange(6) < 4)
+    monkeypatch.setattr("secateur.solvers.least_squares.STEPS", 0)
+    found = solve(*moments.raw(), torch.randn(3, 6), keep, 1e-9)
+    best = torch.linalg.lstsq(x[:, :4].double(), y[:, [0, 2]].double()).solution
+    torch.testing.assert_close(found[[0, 2], :4].T, best, atol=1e-4, rtol=1e-3)
+    assert not found[~keep].any()
+
+
 def test_without_data_on_an_input_its_weight_stays() -> None:
     x, y = torch.randn(100, 4), torch.randn(100, 2)
     x[:, 3] = 0

@@ -60,13 +60,14 @@ def solve(gram: Tensor, cross: Tensor, weight: Tensor, keep: Tensor, damp: float
     weight = torch.where(keep, weight.double(), 0.0)
     ridge = damp * gram.diagonal().mean().clamp_min(1e-30)
     asked = torch.where(keep, cross.T - weight @ gram, 0.0)
-    if bool((keep == keep[:1]).all()):
-        return weight + _alike(gram, asked, keep[0], ridge)
+    shared = keep.any(0)
+    if bool((keep == (shared & keep.any(1, keepdim=True))).all()):
+        return weight + _alike(gram, asked, shared, ridge)
     return weight + _apart(gram, asked, keep, ridge)
 
 
 def _alike(gram: Tensor, asked: Tensor, kept: Tensor, ridge: Tensor) -> Tensor:
-    """Every output keeps the same inputs: one factorization serves all."""
+    """Every output that keeps any keeps the same inputs: one factorization serves all."""
     change = torch.zeros_like(asked)
     if bool(kept.any()):
         system = gram[kept][:, kept]

@@ -1,0 +1,1 @@
+"""The sparse engine for CPUs: packed weights, kernels, and layers that run on them."""

@@ -1,0 +1,40 @@
+// What every instruction set provides. The drivers in engine.cpp see nothing else of them.
+#pragma once
+#include "matrix.h"
+
+namespace sct {
+
+// Where the activations of a column lie: at ``x + at(column)``, tokens next to each other.
+struct Places {
+    const uint32_t* table;  // by column; NULL: ``step`` floats apart
+    uint32_t step;
+};
+
+// What to add to a product, and the function to apply.
+struct Finish {
+    const float* bias;      // by row, may be NULL
+    const float* residual;  // like y, may be NULL
+    int activation;
+};
+
+struct Kernels {
+    const char* name;
+    // tile[16][PANEL] = 16 rows of the matrix times ``tokens`` (rounded up to LANES; at most PANEL) activations.
+    void (*strip)(const Matrix&, uint32_t strip, const float* x, Places, int64_t tokens, float* tile);
+    // y[rows] = the rows of some strips times one token.
+    void (*decode)(const Matrix&, uint32_t first, uint32_t last, const float* x, float* y);
+    // panel[cols][width] = x[tokens][cols], transposed; tokens that are not there are zero.
+    void (*pack)(const float* x, int64_t stride, int64_t tokens, int64_t cols, float* panel, int64_t width);
+    // y[token][row] of a tile, finished: tokens ``stride`` floats apart, ``rows`` of the 16 are real.
+    void (*finish_tokens)(const float* tile, Finish, int64_t tokens, int rows, float* y, int64_t stride);
+    // y[row][token] of one row of a tile, finished with that row's bias.
+    void (*finish_row)(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y);
+};
+
+namespace portable { extern const Kernels kernels; }
+#ifdef SCT_X86
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+}  // namespace sct

@@ -1,0 +1,74 @@
+// Linear layers: one token at once, or panels of tokens that are transposed first.
+#include <cstring>
+
+#include "work.h"
+
+namespace sct {
+namespace {
+
+void one_token(const Matrix& m, const float* x, const Finish& finish, int threads, float* y) {
+    const Pieces pieces(m, threads > 1 ? threads * PIECES : 1);
+    parallel(pieces.count, threads, [&](int64_t i) {
+        const uint32_t first = pieces.bounds[i], last = pieces.bounds[i + 1];
+        if (first == last) return;
+        in_use->decode(m, first, last, x, y);
+        const int64_t row = int64_t(first) * STRIP, end = int64_t(last) * STRIP < m.rows ? int64_t(last) * STRIP : m.rows;
+        if (!finish.bias && !finish.residual && finish.activation == SCT_NONE) return;
+        // A row of tokens and a token of rows look the same.
+        float sums[PANEL];
+        for (int64_t r = row; r < end; r += PANEL) {
+            const int64_t some = end - r < PANEL ? end - r : PANEL;
+            std::memset(sums, 0, sizeof sums);
+            std::memcpy(sums, y + r, size_t(some) * 4);
+            if (finish.bias)
+                for (int64_t j = 0; j < some; j++) sums[j] += finish.bias[r + j];
+            in_use->finish_row(sums, 0, finish.residual ? finish.residual + r : nullptr, finish.activation, some, y + r);
+        }
+    });
+}
+
+const char* tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads,
+                   float* y) {
+    const int64_t cols = m.cols;
+    const auto width_of = [&](int64_t panel) {
+        const int64_t left = n - panel * PANEL;
+        return left >= PANEL ? PANEL : (left + 15) / 16 * 16;
+    };
+    const int64_t panels = (n + PANEL - 1) / PANEL;
+    float* const packed = room.of(size_t(cols * ((panels - 1) * PANEL + width_of(panels - 1))));
+    if (!packed) return "no memory for the activations";
+
+    constexpr int64_t PART = 128;  // columns that are packed as one piece of work
+    const int64_t parts = (cols + PART - 1) / PART;
+    parallel(panels * parts, threads, [&](int64_t i) {
+        const int64_t panel = i / parts, k = i % parts * PART, some = cols - k < PART ? cols - k : PART;
+        const int64_t first = panel * PANEL, left = n - first < PANEL ? n - first : PANEL, width = width_of(panel);
+        in_use->pack(x + first * stride + k, stride, left, some, packed + first * cols + k * width, width);
+    });
+
+    const Pieces pieces(m, (threads * PIECES + panels - 1) / panels);
+    parallel(panels * pieces.count, threads, [&](int64_t i) {
+        const int64_t panel = i / pieces.count, piece = i % pieces.count, first = panel * PANEL;
+        const int64_t left = n - first < PANEL ? n - first : PANEL, width = width_of(panel);
+        alignas(64) float tile[STRIP * PANEL];
+        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s++) {
+            in_use->strip(m, s, packed + first * cols, Places{nullptr, uint32_t(width)}, left, tile);
+            const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
+            const Finish here{finish.bias ? finish.bias + row : nullptr, finish.residual ? finish.residual + at : nullptr,
+                              finish.activation};
+            in_use->finish_tokens(tile, here, left, rows_of(m, s), y + at, m.rows);
+        }
+    });
+    return nullptr;
+}
+
+}  // namespace
+
+const char* linear(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads,
+                   float* y) {
+    if (n != 1) return tokens(m, x, n, stride, finish, threads, y);
+    one_token(m, x, finish, threads, y);
+    return nullptr;
+}
+
+}  // namespace sct

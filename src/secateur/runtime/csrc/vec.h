@@ -1,0 +1,85 @@
+// Vectors of floats, by the compiler's own vector types: one source for every instruction set. SCT_ISA names the
+// namespace, SCT_LANES says how many floats a register holds; both come from the build.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace sct {
+namespace SCT_ISA {
+
+constexpr int LANES = SCT_LANES;
+
+typedef float Vec __attribute__((vector_size(SCT_LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(SCT_LANES * 4)));
+typedef uint16_t Halves __attribute__((vector_size(SCT_LANES * 2)));
+
+inline Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline Vec all(float x) { return x - Vec{}; }  // x - 0.0: keeps the sign of zero
+
+// The first n values, zeros after them; nothing beyond is read.
+inline Vec load_first(const float* p, int n) {
+    if (n >= LANES) return load(p);
+    Vec v{};
+    std::memcpy(&v, p, size_t(n) * 4);
+    return v;
+}
+
+inline void store_first(float* p, Vec v, int n) {
+    if (n >= LANES) return store(p, v);
+    std::memcpy(p, &v, size_t(n) * 4);
+}
+
+inline float widen(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline float widen(float x) { return x; }
+
+inline Vec load_wide(const float* p) { return load(p); }
+
+inline Vec load_wide(const uint16_t* p) {
+    Halves h;
+    std::memcpy(&h, p, sizeof h);
+    const Ints wide = __builtin_convertvector(h, Ints) << 16;
+    return Vec(wide);
+}
+
+inline float sum(Vec v) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += v[i];
+    return total;
+}
+
+// One step of a transpose: swaps what lies ``step`` lanes off the diagonal between two registers.
+template <int STEP, size_t... I>
+inline void swap_lanes(Vec& a, Vec& b, std::index_sequence<I...>) {
+    const Vec low = __builtin_shufflevector(a, b, (I & STEP ? int(I) - STEP + LANES : int(I))...);
+    const Vec high = __builtin_shufflevector(a, b, (I & STEP ? int(I) + LANES : int(I) + STEP)...);
+    a = low;
+    b = high;
+}
+
+template <int STEP>
+inline void transpose_step(Vec* rows) {
+    if constexpr (STEP < LANES) {
+        for (int i = 0; i < LANES; i++)
+            if (!(i & STEP)) swap_lanes<STEP>(rows[i], rows[i + STEP], std::make_index_sequence<LANES>());
+        transpose_step<STEP * 2>(rows);
+    }
+}
+
+inline void transpose(Vec (&rows)[LANES]) { transpose_step<1>(rows); }
+
+}  // namespace SCT_ISA
+}  // namespace sct

@@ -1,6 +1,9 @@
 // Vectors of floats, by the compiler's own vector types: one source for every instruction set. SCT_ISA names the
 // namespace, SCT_LANES says how many floats a register holds; both come from the build.
 #pragma once
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -24,17 +27,25 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline Vec all(float x) { return x - Vec{}; }  // x - 0.0: keeps the sign of zero
 
-// The first n values, zeros after them; nothing beyond is read.
+// The first n values, zeros after them; nothing beyond is touched.
 inline Vec load_first(const float* p, int n) {
     if (n >= LANES) return load(p);
+#ifdef __AVX512F__
+    return Vec(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+#else
     Vec v{};
-    std::memcpy(&v, p, size_t(n) * 4);
+    for (int i = 0; i < n; i++) v[i] = p[i];
     return v;
+#endif
 }
 
 inline void store_first(float* p, Vec v, int n) {
     if (n >= LANES) return store(p, v);
-    std::memcpy(p, &v, size_t(n) * 4);
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+#else
+    for (int i = 0; i < n; i++) p[i] = v[i];
+#endif
 }
 
 inline float widen(uint16_t half) {

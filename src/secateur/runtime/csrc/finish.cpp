@@ -1,6 +1,7 @@
 // What surrounds a product: activations into panels, and tiles into outputs with bias, residual and activation.
-#include "kernels.h"
+#include "bitmask.h"
 #include "blocks.h"
+#include "kernels.h"
 #include "vec.h"
 
 namespace sct {
@@ -52,11 +53,20 @@ inline Vec activate(Vec v, int activation) {
 }
 
 void strip(const Matrix& m, uint32_t s, const float* x, Places places, int64_t tokens, float* tile) {
-    blocks_strip(m, s, x, places, tokens, tile);
+    const bool mask = m.format == Format::bitmask;
+    (mask ? bitmask_strip : blocks_strip)(m, s, x, places, tokens, tile);
+    if (m.value != Value::i8) return;
+    for (uint32_t r = 0; r < STRIP && s * STRIP + r < m.rows; r++)
+        for (int64_t t = 0; t < tokens; t += LANES)
+            store(tile + r * PANEL + t, load(tile + r * PANEL + t) * all(m.scales[s * STRIP + r]));
 }
 
 void decode(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
-    blocks_decode(m, first, last, x, y);
+    const bool mask = m.format == Format::bitmask;
+    (mask ? bitmask_decode : blocks_decode)(m, first, last, x, y);
+    if (m.value != Value::i8) return;
+    const size_t end = size_t(last) * STRIP < m.rows ? size_t(last) * STRIP : m.rows;
+    for (size_t row = size_t(first) * STRIP; row < end; row++) y[row] *= m.scales[row];
 }
 
 void pack(const float* x, int64_t stride, int64_t tokens, int64_t cols, float* panel, int64_t width) {

@@ -16,6 +16,7 @@ constexpr int LANES = SCT_LANES;
 typedef float Vec __attribute__((vector_size(SCT_LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(SCT_LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(SCT_LANES * 2)));
+typedef int8_t Bytes __attribute__((vector_size(SCT_LANES)));
 
 inline Vec load(const float* p) {
     Vec v;
@@ -48,12 +49,25 @@ inline void store_first(float* p, Vec v, int n) {
 #endif
 }
 
+// Zeroes an array of vectors that is to live in registers: one by one, since GCC would fill memory for ``= {}``.
+template <class T>
+inline void clear(T& vector) {
+    vector = T{};
+}
+
+template <class T, size_t N>
+inline void clear(T (&array)[N]) {
+    for (T& part : array) clear(part);
+}
+
 inline float widen(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
     float x;
     std::memcpy(&x, &bits, 4);
     return x;
 }
+
+inline float widen(int8_t x) { return x; }
 
 inline float widen(float x) { return x; }
 
@@ -64,6 +78,12 @@ inline Vec load_wide(const uint16_t* p) {
     std::memcpy(&h, p, sizeof h);
     const Ints wide = __builtin_convertvector(h, Ints) << 16;
     return Vec(wide);
+}
+
+inline Vec load_wide(const int8_t* p) {
+    Bytes b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
 }
 
 inline float sum(Vec v) {

@@ -1,0 +1,246 @@
+// One bit a weight, and the values of the bits that are set.
+//
+// Times a panel of tokens, bits become column indices, some words at a time, and the rest is as for CSR. Times one token,
+// AVX-512 spreads the values over the places of their bits: work for every weight, whether it is there or not, but all of
+// it in vectors. Others take the bits one by one.
+#include "bitmask.h"
+
+#include <cstdlib>
+
+#include "product.h"
+
+#ifdef __AVX512VBMI2__
+#include <immintrin.h>
+#endif
+
+namespace sct {
+namespace SCT_ISA {
+namespace {
+
+constexpr size_t CHUNK = 32;  // words whose bits become indices at once
+
+size_t words_of(const Matrix& m) { return (size_t(m.cols) + 63) / 64; }
+
+const uint64_t* mask_of(const Matrix& m, uint32_t row) {
+    return static_cast<const uint64_t*>(m.indices) + row * words_of(m);
+}
+
+template <class Stored>
+const Stored* values_of(const Matrix& m, uint32_t row) {
+    return static_cast<const Stored*>(m.values) + m.starts[row];
+}
+
+// The places of the set bits of at most CHUNK words, and how many there are.
+struct Columns {
+    uint16_t at[CHUNK * 64 + 32];
+    uint32_t count;
+
+    Columns(const uint64_t* words, size_t some) {
+        uint16_t* next = at;
+        for (size_t w = 0; w < some; w++) {
+#ifdef __AVX512VBMI2__
+            for (int half = 0; half < 64; half += 32) {
+                const uint32_t bits = uint32_t(words[w] >> half);
+                const __m512i places = _mm512_add_epi16(counting(), _mm512_set1_epi16(short(w * 64 + half)));
+                _mm512_storeu_si512(next, _mm512_maskz_compress_epi16(bits, places));
+                next += __builtin_popcount(bits);
+            }
+#else
+            for (uint64_t bits = words[w]; bits; bits &= bits - 1) *next++ = uint16_t(w * 64 + __builtin_ctzll(bits));
+#endif
+        }
+        count = uint32_t(next - at);
+    }
+
+#ifdef __AVX512VBMI2__
+    static __m512i counting() {
+        typedef uint16_t Places __attribute__((vector_size(64)));
+        return __m512i(Places{0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31});
+    }
+#endif
+};
+
+// Activations and places as seen from a later column.
+const float* shifted(const float* x, Strided place, size_t column) { return x + column * place.step; }
+const float* shifted(const float* x, Tabled, size_t) { return x; }
+Strided from(Strided place, size_t) { return place; }
+Tabled from(Tabled place, size_t column) { return {place.table + column}; }
+
+template <class Stored, class Place>
+void strip_rows(const Matrix& m, uint32_t strip, const float* x, Place place, int64_t tokens, float* tile) {
+    constexpr int MOST = most<1>();
+    const size_t words = words_of(m);
+    std::memset(tile, 0, STRIP * PANEL * sizeof(float));
+    for (uint32_t r = 0; r < STRIP && strip * STRIP + r < m.rows; r++, tile += PANEL) {
+        const uint64_t* const mask = mask_of(m, strip * STRIP + r);
+        const Stored* values = values_of<Stored>(m, strip * STRIP + r);
+        for (size_t w = 0; w < words; w += CHUNK) {
+            const Columns columns(mask + w, words - w < CHUNK ? words - w : CHUNK);
+            const float* const here = shifted(x, place, w * 64);
+            const auto some = [&](auto t, int64_t done) __attribute__((always_inline)) {
+                product<1, 1, decltype(t)::value>(columns.at, values, columns.count, here + done, from(place, w * 64),
+                                                  tile + done, true);
+            };
+            int64_t done = 0;
+            for (; done + (MOST - 1) * LANES < tokens; done += MOST * LANES)
+                some(std::integral_constant<int, MOST>(), done);
+            for (; done < tokens; done += LANES) some(std::integral_constant<int, 1>(), done);
+            values += columns.count;
+        }
+    }
+}
+
+template <class Stored>
+void by_place(const Matrix& m, uint32_t strip, const float* x, Places places, int64_t tokens, float* tile) {
+    if (places.table) return strip_rows<Stored>(m, strip, x, Tabled{places.table}, tokens, tile);
+    strip_rows<Stored>(m, strip, x, Strided{places.step}, tokens, tile);
+}
+
+// --- one token ------------------------------------------------------------------------------------------------------
+
+template <class Stored>
+void scan(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    const size_t words = words_of(m);
+    for (uint32_t row = first; row < last; row++) {
+        const uint64_t* const mask = mask_of(m, row);
+        const Stored* values = values_of<Stored>(m, row);
+        float total = 0;
+        for (size_t w = 0; w < words; w += CHUNK) {
+            const Columns columns(mask + w, words - w < CHUNK ? words - w : CHUNK);
+            total += dot(columns.at, values, columns.count, x + w * 64);
+            values += columns.count;
+        }
+        y[row] = total;
+    }
+}
+
+#ifdef __AVX512VBMI2__
+// The activations in the order in which expanded values come, a whole number of words of them; kept for each thread.
+struct Arranged {
+    float* at = nullptr;
+    size_t size = 0;
+    ~Arranged() { std::free(at); }
+
+    // Whether there is room, and every activation is finite: a place without a value is multiplied like all others.
+    bool take(const float* x, size_t cols, int apart) {
+        const size_t wanted = (cols + 63) / 64 * 64;
+        if (wanted > size) {
+            std::free(at);
+            at = static_cast<float*>(std::aligned_alloc(64, wanted * sizeof(float)));
+            size = at ? wanted : 0;
+            if (!at) return false;
+        }
+        Vec none{};  // x - x is NaN for what is not finite
+        for (size_t k = 0; k < wanted; k += 64) {
+            Vec v[4];
+            for (size_t i = 0; i < 4; i++) {
+                const size_t here = k + i * 16;
+                v[i] = here < cols ? load_first(x + here, cols - here < 16 ? int(cols - here) : 16) : Vec{};
+                none += v[i] - v[i];
+            }
+            if (apart == 2)  // evens, then odds, of 32
+                for (int i = 0; i < 4; i += 2) {
+                    const Vec a = v[i], b = v[i + 1];
+                    v[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                    v[i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+                }
+            for (size_t i = 0; i < 4; i++) store(at + k + i * 16, v[i]);
+        }
+        return sum(none) == 0;
+    }
+};
+
+inline uint32_t ones(uint64_t bits) { return uint32_t(__builtin_popcountll(bits)); }
+
+// The 64 places of one word: where its values begin, how far they reach. Counting the bits of every part of the word by
+// itself keeps one part from waiting for the one before.
+inline void spread(uint64_t bits, const float* at, Vec (&weights)[4]) {
+    weights[0] = Vec(_mm512_maskz_expand_ps(__mmask16(bits), _mm512_loadu_ps(at)));
+    weights[1] = Vec(_mm512_maskz_expand_ps(__mmask16(bits >> 16), _mm512_loadu_ps(at + ones(bits & 0xffff))));
+    weights[2] = Vec(_mm512_maskz_expand_ps(__mmask16(bits >> 32), _mm512_loadu_ps(at + ones(bits & 0xffffffff))));
+    weights[3] = Vec(_mm512_maskz_expand_ps(__mmask16(bits >> 48), _mm512_loadu_ps(at + ones(bits & 0xffffffffffff))));
+}
+
+// In 32 bits lie two values: the lower one shifted up is the even place, the upper one as it is the odd place.
+inline void spread(uint64_t bits, const uint16_t* at, Vec (&weights)[4]) {
+    const Ints low = Ints(_mm512_maskz_expand_epi16(__mmask32(bits), _mm512_loadu_si512(at)));
+    const Ints high = Ints(_mm512_maskz_expand_epi16(__mmask32(bits >> 32), _mm512_loadu_si512(at + ones(bits & 0xffffffff))));
+    const Ints upper = Ints{} - 65536;
+    weights[0] = Vec(low << 16), weights[1] = Vec(low & upper);
+    weights[2] = Vec(high << 16), weights[3] = Vec(high & upper);
+}
+
+template <size_t PART, size_t... I>
+inline Vec part(__m512i bytes, std::index_sequence<I...>) {
+    typedef int8_t All __attribute__((vector_size(64)));
+    const auto some = __builtin_shufflevector(All(bytes), All(bytes), int(PART * 16 + I)...);
+    return __builtin_convertvector(__builtin_convertvector(some, Ints), Vec);
+}
+
+inline void spread(uint64_t bits, const int8_t* at, Vec (&weights)[4]) {
+    const __m512i all = _mm512_maskz_expand_epi8(__mmask64(bits), _mm512_loadu_si512(at));
+    const std::make_index_sequence<16> each;
+    weights[0] = part<0>(all, each), weights[1] = part<1>(all, each);
+    weights[2] = part<2>(all, each), weights[3] = part<3>(all, each);
+}
+
+// Some rows at once, which share the loads of activations.
+template <int ROWS, class Stored>
+void expand(const Matrix& m, uint32_t row, const float* x, float* y) {
+    const size_t words = words_of(m);
+    const uint64_t* const mask = mask_of(m, row);
+    const Stored* at[ROWS];
+    for (int r = 0; r < ROWS; r++) at[r] = values_of<Stored>(m, row + r);
+    // The same places of the rows that come next: their values follow those of these rows.
+    const size_t ahead = m.starts[row + ROWS] - m.starts[row];
+    Vec sums[ROWS][4];
+    clear(sums);
+    for (size_t w = 0; w < words; w++) {
+        Vec tokens[4];
+        for (int i = 0; i < 4; i++) tokens[i] = load(x + w * 64 + i * 16);
+        for (int r = 0; r < ROWS; r++) {
+            const uint64_t bits = mask[r * words + w];
+            Vec weights[4];
+            spread(bits, at[r], weights);
+            __builtin_prefetch(at[r] + ahead);
+            for (int i = 0; i < 4; i++) sums[r][i] += weights[i] * tokens[i];
+            at[r] += ones(bits);
+        }
+    }
+    for (int r = 0; r < ROWS; r++) y[row + r] = sum((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+}
+
+template <class Stored>
+void rows(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    constexpr int ROWS = 2;
+    static thread_local Arranged arranged;
+    if (!arranged.take(x, m.cols, int(sizeof(Stored)))) return scan<Stored>(m, first, last, x, y);
+    uint32_t row = first;
+    for (; row + ROWS <= last; row += ROWS) expand<ROWS, Stored>(m, row, arranged.at, y);
+    for (; row < last; row++) expand<1, Stored>(m, row, arranged.at, y);
+}
+#else
+template <class Stored>
+void rows(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    scan<Stored>(m, first, last, x, y);
+}
+#endif
+
+}  // namespace
+
+void bitmask_strip(const Matrix& m, uint32_t strip, const float* x, Places places, int64_t tokens, float* tile) {
+    if (m.value == Value::f32) return by_place<float>(m, strip, x, places, tokens, tile);
+    if (m.value == Value::bf16) return by_place<uint16_t>(m, strip, x, places, tokens, tile);
+    by_place<int8_t>(m, strip, x, places, tokens, tile);
+}
+
+void bitmask_decode(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    const auto row = [&](uint32_t strip) { return strip * STRIP < m.rows ? strip * STRIP : m.rows; };
+    if (m.value == Value::f32) return rows<float>(m, row(first), row(last), x, y);
+    if (m.value == Value::bf16) return rows<uint16_t>(m, row(first), row(last), x, y);
+    rows<int8_t>(m, row(first), row(last), x, y);
+}
+
+}  // namespace SCT_ISA
+}  // namespace sct

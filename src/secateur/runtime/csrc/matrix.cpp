@@ -21,14 +21,16 @@ uint64_t padded(uint64_t bytes) { return (bytes + ALIGN - 1) / ALIGN * ALIGN; }
 
 uint64_t value_bytes(Value value) { return value == Value::f32 ? 4 : value == Value::bf16 ? 2 : 1; }
 
+// Whether columns rise in every row and stay below the matrix's.
 template <class Index>
 bool columns_fit(const Matrix& m, uint32_t block_rows) {
     const Index* index = static_cast<const Index*>(m.indices);
     for (uint32_t row = 0; row < block_rows; row++) {
-        uint64_t column = 0;
+        uint64_t least = 0, column = 0;
         for (uint32_t i = m.starts[row]; i < m.starts[row + 1]; i++) {
             column = sizeof(Index) == 1 ? column + index[i] : index[i];
-            if (column >= m.cols) return false;
+            if (column < least || column >= m.cols) return false;
+            least = column + 1;
         }
     }
     return true;
@@ -107,7 +109,7 @@ const char* read_matrix(const void* bytes, uint64_t size, Matrix& m) {
                      : m.index == 1   ? columns_fit<uint8_t>(m, n)
                      : m.index == 2   ? columns_fit<uint16_t>(m, n)
                                       : columns_fit<uint32_t>(m, n);
-    if (!fit) return blocks ? "a column index is out of range" : "the bits of a row are not as many as its values";
+    if (!fit) return blocks ? "column indices are out of range, or do not rise in a row" : "the bits of a row are not as many as its values";
     return nullptr;
 }
 

@@ -109,8 +109,9 @@ const char* read_matrix(const void* bytes, uint64_t size, Matrix& m) {
                      : m.index == 1   ? columns_fit<uint8_t>(m, n)
                      : m.index == 2   ? columns_fit<uint16_t>(m, n)
                                       : columns_fit<uint32_t>(m, n);
-    if (!fit) return blocks ? "column indices are out of range, or do not rise in a row" : "the bits of a row are not as many as its values";
-    return nullptr;
+    if (fit) return nullptr;
+    return blocks ? "column indices are out of range, or do not rise in a row"
+                  : "the bits of a row are not as many as its values";
 }
 
 }  // namespace sct

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "secateur"
 # A room may import from the rooms before it, and from itself. See docs/decisions/0001-room-order.md.
 ROOMS = """
     errors names files recipe progress tasks graph patterns budget stats criteria allocate plan planning apply
-    sensitivity depth solvers recover train search runtime targets measure report store road promise compat datasets api
+    sensitivity depth solvers recover train search measure runtime targets report store road promise compat datasets api
     demo cli testing
 """.split()  # noqa: SIM905
 

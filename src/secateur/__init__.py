@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from secateur.api import export, plan, prune
+    from secateur.api import export, lower, plan, prune
     from secateur.apply.mask import keep_zeros, mask, mask_
     from secateur.apply.shrink import shrink, shrink_
     from secateur.errors import PruneError
@@ -38,6 +38,7 @@ __all__ = [
     "export",
     "keep_zeros",
     "load",
+    "lower",
     "mask",
     "mask_",
     "measure",
@@ -51,7 +52,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "secateur.api": ("export", "plan", "prune"),
+    "secateur.api": ("export", "lower", "plan", "prune"),
     "secateur.apply.mask": ("keep_zeros", "mask", "mask_"),
     "secateur.apply.shrink": ("shrink", "shrink_"),
     "secateur.errors": ("PruneError",),

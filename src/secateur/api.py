@@ -27,6 +27,7 @@ from secateur.report import Point
 from secateur.report.log import Log
 from secateur.road import Arrived, Trip, checkpoint, least_part, of_part, require_possible, walk, whole
 from secateur.store import Result
+from secateur.targets import cpu_sparse, cuda_24
 from secateur.targets.onnx import export_onnx
 from secateur.tasks import Task, evaluate, plain
 
@@ -170,6 +171,29 @@ def _require_values(model: nn.Module) -> None:
         raise SpecError(
             "the model has no values (device meta), so nothing can be measured; use analyze, plan and shrink"
         )
+
+
+def lower(model: nn.Module | Result, inputs: Any = None, *, target: str = "cpu-sparse", **wishes: Any) -> nn.Module:
+    """A model that runs on a target, never slower there than the one given, which is not changed.
+
+    model: a module and example inputs (Tensor | tuple | dict), or the Result of ``prune``, which has its own. target:
+    "cpu-sparse", the sparse engine for CPUs; "cuda-2:4", the sparse tensor cores of NVIDIA's GPUs. wishes: the keyword
+    arguments of ``secateur.targets.cpu_sparse.lower`` or ``secateur.targets.cuda_24.lower_24``.
+
+    The attribute ``lowering`` of what is returned says what was chosen for each layer, and why. Raises SpecError for
+    another target or missing inputs, TargetError where the target cannot be used here.
+    """
+    if target not in ("cpu-sparse", "cuda-2:4"):
+        raise SpecError(f"target {target!r} is unknown; expected 'cpu-sparse' or 'cuda-2:4'")
+    if isinstance(model, Result):
+        model, inputs = model.model, model.inputs if inputs is None else inputs
+    if inputs is None:
+        raise SpecError("lower needs example inputs, because layers are tuned for their shapes: lower(model, inputs)")
+    if target == "cuda-2:4":
+        lowered, choices = cuda_24.lower_24(model, inputs, **wishes)
+        lowered.lowering = choices  # type: ignore[assignment]
+        return lowered
+    return cpu_sparse.lower(model, inputs, **wishes)
 
 
 def export(model: nn.Module, inputs: Any, target: str, folder: Path | str) -> Path:

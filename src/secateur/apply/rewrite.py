@@ -43,7 +43,7 @@ def rewrite(program: Program, model: nn.Module, alive: NDArray[np.bool_]) -> fx.
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     follow_(root, graph)
-    _guard_(root, graph)
+    guard_(root, graph)
     return fx.GraphModule(root, graph).train(model.training)
 
 
@@ -68,7 +68,7 @@ class Expect(nn.Module):
             )
 
 
-def _guard_(root: nn.Module, graph: fx.Graph) -> None:
+def guard_(root: nn.Module, graph: fx.Graph) -> None:
     """Let the program check its inputs before it computes anything."""
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     for i, node in enumerate(inputs):

@@ -6,14 +6,15 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
 from secateur.errors import DataError, TargetError
 
@@ -22,7 +23,7 @@ ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 ISAS = ("portable", "avx2", "avx512")
 
-_VERSION = 1
+VERSION = 1
 _LIBRARY, _ISA = "SECATEUR_KERNELS", "SECATEUR_ISA"  # environment: another library file, another instruction set
 
 
@@ -102,26 +103,25 @@ def conv(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    places: tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]],
+    walk: Sequence[Sequence[int]],
 ) -> Tensor:
-    """The same of a convolution: x (batch, channels, height, width); places: kernel, stride, padding, dilation."""
+    """The same of a convolution: x (batch, channels, height, width); walk: kernel, stride, padding, dilation."""
     handle = opened(packed)
-    kernel, stride, padding, dilation = places
+    kernel = walk[0]
     if x.ndim != 4 or x.shape[1] * kernel[0] * kernel[1] != handle.cols:
         expected = f"(batch, {handle.cols / (kernel[0] * kernel[1]):g}, height, width)"
         raise DataError(f"expected activations of shape {expected}, found {list(x.shape)}")
     x = _plain("x", x)
-    y = x.new_empty(x.shape[0], handle.rows, *image_size(x.shape[2:], *places))
-    images = _Images(*x.shape, kernel, stride, padding, dilation)
+    y = x.new_empty(x.shape[0], handle.rows, *image_size(x.shape[2:], *walk))
+    images = _Images(*x.shape, *((c_int64 * 2)(*pair) for pair in walk))
     finish = _finish(bias, residual, activation, (handle.rows,), y)
     _check(_library().sct_conv(handle.address, x.data_ptr(), byref(images), finish, y.data_ptr()))
     return y
 
 
 def image_size(
-    size: tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> tuple[int, int]:  # fmt: skip
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
     """Height and width after a convolution."""
     first, second = (
         (n + 2 * p - d * (k - 1) - 1) // s + 1
@@ -148,11 +148,12 @@ def opened(packed: Tensor) -> Handle:
     with _lock:
         for address in [a for a, entry in _handles.items() if entry[0].expired()]:
             del _handles[address]
-        _handles[packed.data_ptr()] = (StorageWeakRef(packed.untyped_storage()), version, packed.numel(), handle)
+        _handles[packed.data_ptr()] = (_weak(packed.untyped_storage()), version, packed.numel(), handle)
     return handle
 
 
-_handles: dict[int, tuple[StorageWeakRef, int, int, Handle]] = {}
+_weak: Any = reductions.StorageWeakRef
+_handles: dict[int, tuple[Any, int, int, Handle]] = {}
 _lock = threading.Lock()
 
 
@@ -206,7 +207,7 @@ def _library() -> ctypes.CDLL:
         function = getattr(library, name)
         function.argtypes, function.restype = (c_void_p,), kind
     library.sct_share_threads.argtypes, library.sct_share_threads.restype = (c_void_p,), None
-    if library.sct_version() != _VERSION:
+    if library.sct_version() != VERSION:
         raise TargetError(f"the sparse engine in {path} is of another version; install secateur again")
     _share_threads(library)
     if (wanted := os.environ.get(_ISA)) and (message := library.sct_use(wanted.encode())):

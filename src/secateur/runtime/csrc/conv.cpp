@@ -110,10 +110,13 @@ const char* check(const Matrix& m, const sct_images& g) {
 
 }  // namespace
 
-const char* conv(const Matrix& m, const float* x, const sct_images& g, const Finish& finish, int threads, float* y) {
+const char* conv(const Matrix& m, const float* x, const sct_images& g, const Finish& finish, int most, float* y) {
     if (const char* wrong = check(m, g)) return wrong;
     if (g.batch == 0 || m.rows == 0) return nullptr;
     const Geometry s(g);
+    const double copied = s.direct ? 0.0 : double(g.channels) * double(s.of_channel());
+    const double work = double(g.batch) * (double(s.tokens) * double(m.count) * m.height + copied);
+    const int threads = worthwhile(most, work);
     const int64_t image = g.channels * g.height * g.width, outputs = s.out[0] * s.out[1];
     const int64_t planes = g.channels * s.of_channel();
     const bool table = g.kernel[0] * g.kernel[1] > 1;

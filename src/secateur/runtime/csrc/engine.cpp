@@ -54,7 +54,8 @@ const char* sct_linear(const sct_matrix* matrix, const float* x, int64_t n, int6
     if (n < 0 || stride < 0) return "a size is negative";
     if (n == 0 || matrix->rows == 0) return nullptr;
     const sct::Finish after{finish->bias, finish->residual, finish->activation};
-    return sct::linear(*matrix, x, n, stride, after, finish->threads, y);
+    const int threads = sct::worthwhile(finish->threads, double(n) * double(matrix->count) * matrix->height);
+    return sct::linear(*matrix, x, n, stride, after, threads, y);
 }
 
 const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images, const sct_finish* finish,

@@ -50,6 +50,13 @@ struct Pieces {
     }
 };
 
+// As many threads as the work is worth: waking one costs microseconds. work: multiply-adds.
+inline int worthwhile(int threads, double work) {
+    constexpr double LEAST = 200000;  // for each thread
+    const double most = work / LEAST;
+    return most < 1 ? 1 : most < threads ? int(most) : threads;
+}
+
 inline int rows_of(const Matrix& m, uint32_t strip) {
     const uint32_t left = m.rows - strip * STRIP;
     return int(left < STRIP ? left : STRIP);

@@ -1,0 +1,68 @@
+"""The engine as torch operators, ``secateur::linear`` and ``secateur::conv2d``, for inference.
+
+They take activations of shape (…, inputs) and (batch, channels, height, width) in ``float32`` on the CPU, and a packed
+weight; what follows a layer (bias, residual, activation) is done in the same pass. They are known to ``torch.export``
+and ``torch.compile``; they have no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import TargetError
+from secateur.runtime import kernels
+
+_library: Any = torch.library.Library("secateur", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs) -> Tensor"
+)
+_library.define(
+    "conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs, "
+    "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+)
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int
+) -> Tensor:
+    _require_no_gradients(x, residual)
+    return kernels.linear(x, packed, bias, residual, activation)
+
+
+def _linear_shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _conv2d(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    _require_no_gradients(x, residual)
+    return kernels.conv(x, packed, bias, residual, activation, (kernel, stride, padding, dilation))
+
+
+def _conv2d_shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    size = kernels.image_size(x.shape[2:], kernel, stride, padding, dilation)
+    return x.new_empty(x.shape[0], outputs, *size)
+
+
+def _require_no_gradients(x: Tensor, residual: Tensor | None) -> None:
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
+        raise TargetError(
+            "layers of the sparse engine have no gradients; run the model under torch.inference_mode(), and train it "
+            "before it is lowered"
+        )
+
+
+for _name, _run, _shape in (("linear", _linear, _linear_shape), ("conv2d", _conv2d, _conv2d_shape)):
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"secateur::{_name}", _shape, lib=_library)

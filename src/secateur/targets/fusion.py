@@ -1,0 +1,154 @@
+"""Layers in a captured program, with what follows each of them: what one pass over the output can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from secateur.runtime.product import Product, window_of
+
+aten = torch.ops.aten
+
+_ACTIVATIONS: dict[Any, str] = {
+    aten.relu.default: "relu",
+    aten.relu_.default: "relu",
+    aten.gelu.default: "gelu",
+    aten.gelu_.default: "gelu",
+    aten.silu.default: "silu",
+    aten.silu_.default: "silu",
+}
+_CONVOLUTIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+_ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
+_COPIES = (aten.dropout.default, aten.dropout_.default, aten.alias.default)  # nothing, in evaluation mode
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A product in a program: the nodes that it takes the place of, and those it reads."""
+
+    product: Product
+    nodes: tuple[fx.Node, ...]
+    input: fx.Node
+    residual: fx.Node | None = None
+    folded: bool = False  # whether a batch norm went into the weights
+
+    @property
+    def last(self) -> fx.Node:
+        """The node whose value the product gives."""
+        return self.nodes[-1]
+
+
+def find(module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> list[Found]:
+    """Every layer with constant weights, in order. ``shapes``: of the first input of every node that was run."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    found, taken = [], set[fx.Node]()
+    for node in module.graph.nodes:
+        if node in shapes and (layer := _layer(module, node, shapes[node])) is not None:
+            whole = _with_followers(module, layer, taken)
+            if any(_writes(user) and order[node] < order[user] < order[whole.last] for user in layer.input.users):
+                whole = layer  # what it reads is overwritten before the last follower runs
+            taken.update(whole.nodes)
+            found.append(whole)
+    return found
+
+
+def _layer(module: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> Found | None:
+    dims = _CONVOLUTIONS.get(node.target)
+    if node.op != "call_function" or (dims is None and node.target is not aten.linear.default):
+        return None
+    x, weight = node.args[0], constant(module, node.args[1])
+    bias = constant(module, node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
+    lost = len(node.args) > 2 and node.args[2] is not None and bias is None
+    if weight is None or lost or not isinstance(x, fx.Node) or not weight.dtype.is_floating_point:
+        return None
+    assert isinstance(node.args[1], fx.Node)
+    name = str(node.args[1].target).removesuffix(".weight")
+    if dims is None:
+        return Found(Product(name, weight, bias, shape), (node,), x)
+    if len(shape) != dims + 2:  # without a batch
+        return None
+    given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args[3:]) :]]
+    stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in given[:3])
+    window = window_of(tuple(weight.shape[2:]), stride, padding, dilation)
+    return Found(Product(name, weight, bias, shape, window, given[3], dims == 1), (node,), x)
+
+
+def _with_followers(module: fx.GraphModule, found: Found, taken: set[fx.Node]) -> Found:
+    """The layer with the batch norm, addition and activation that follow it, each its only reader."""
+    while len(found.last.users) == 1:
+        follower = next(iter(found.last.users))
+        more = follower.op == "call_function" and follower not in taken and _absorbed(module, found, follower)
+        if not more:
+            break
+        found = more
+    return found
+
+
+def _absorbed(module: fx.GraphModule, found: Found, follower: fx.Node) -> Found | None:
+    product, nodes = found.product, (*found.nodes, follower)
+    if product.activation:
+        return None
+    if follower.target in _COPIES and follower.args[0] is found.last:
+        return replace(found, nodes=nodes)
+    if follower.target is aten.batch_norm.default and product.window is not None and found.residual is None:
+        folded = _folded(module, product, follower)
+        return None if folded is None else replace(found, product=folded, nodes=nodes, folded=True)
+    if follower.target in _ADDITIONS and found.residual is None and not follower.kwargs:
+        return _added(found, follower)
+    if (activation := _ACTIVATIONS.get(follower.target)) is not None:
+        if follower.kwargs.get("approximate") == "tanh":
+            activation = "gelu_tanh"
+        return replace(found, product=replace(product, activation=activation), nodes=nodes)
+    return None
+
+
+def _added(found: Found, addition: fx.Node) -> Found | None:
+    """With another tensor of the same shape added, unless that one is written to."""
+    first, second = addition.args[:2]
+    other = second if first is found.last else first
+    if not isinstance(other, fx.Node) or other is found.last or _shape(other) != _shape(found.last):
+        return None
+    if addition.target is aten.add_.Tensor and other is first:
+        return None
+    product = replace(found.product, residual=True)
+    return replace(found, product=product, nodes=(*found.nodes, addition), residual=other)
+
+
+def _folded(module: fx.GraphModule, product: Product, norm: fx.Node) -> Product | None:
+    """The convolution with the batch norm after it in its weights. Rows are scaled, so zeros stay."""
+    weight, bias, mean, var = (constant(module, a) if a is not None else None for a in norm.args[1:5])
+    if norm.args[5] or mean is None or var is None or (weight is None) != (norm.args[1] is None):
+        return None
+    scale = (var.double() + float(norm.args[7])).rsqrt()  # type: ignore[arg-type]
+    scale = scale if weight is None else scale * weight.double()
+    shift = -mean.double() * scale if bias is None else bias.double() - mean.double() * scale
+    shift = shift if product.bias is None else shift + product.bias.double() * scale
+    folded = product.weight.double() * scale.view(-1, *[1] * (product.weight.ndim - 1))
+    if not (folded.isfinite().all() and shift.isfinite().all()):
+        return None
+    dtype = product.weight.dtype
+    return replace(product, weight=folded.to(dtype), bias=shift.to(dtype))
+
+
+def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor that a node stands for, where it is a parameter or buffer."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...] | None:
+    value = node.meta.get("val")
+    return tuple(str(n) for n in value.shape) if isinstance(value, Tensor) else None
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)

@@ -28,7 +28,10 @@ _LIBRARY, _ISA = "SECATEUR_KERNELS", "SECATEUR_ISA"  # environment: another libr
 
 
 class _Finish(ctypes.Structure):
-    _fields_ = (("bias", c_void_p), ("residual", c_void_p), ("activation", c_int32), ("threads", c_int32))
+    _fields_ = (
+        *((name, c_void_p) for name in ("bias", "residual")),
+        *((name, c_int32) for name in ("activation", "threads", "quantize")),
+    )
 
 
 class _Images(ctypes.Structure):
@@ -84,8 +87,19 @@ def use(isa: str) -> Iterator[None]:
         library.sct_use(before)
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-    """activation(x @ weight.T + bias + residual), for x (…, inputs) of float32 on the CPU."""
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    quantize: bool = False,
+) -> Tensor:
+    """activation(x @ weight.T + bias + residual), for x (…, inputs) of float32 on the CPU.
+
+    quantize: round activations to 8 bits, with a scale for each token, and add up integers; for int8 blocks of height 4
+    only. csrc/quantized.cpp says exactly what is computed; without it int8 weights meet float32 activations.
+    """
     handle = opened(packed)
     if x.shape[-1] != handle.cols:
         raise DataError(f"the weight has {handle.cols} inputs, found activations of shape {list(x.shape)}")
@@ -93,6 +107,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | No
     y = x.new_empty(*x.shape[:-1], handle.rows)
     n = y.numel() // handle.rows if handle.rows else 0
     finish = _finish(bias, residual, activation, (handle.rows,), y)
+    finish.contents.quantize = quantize
     _check(_library().sct_linear(handle.address, x.data_ptr(), n, handle.cols, finish, y.data_ptr()))
     return y
 

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <new>
 
+#include "quantized.h"
 #include "work.h"
 
 namespace sct {
@@ -22,6 +23,7 @@ const Kernels* best() {
 const char* wrong(const sct_finish* finish) {
     if (finish->activation < SCT_NONE || finish->activation > SCT_SILU) return "the activation is unknown";
     if (finish->threads < 1) return "at least one thread is needed";
+    if (finish->quantize != 0 && finish->quantize != 1) return "quantize is neither 0 nor 1";
     return nullptr;
 }
 
@@ -37,6 +39,12 @@ const char* sct_open(const void* bytes, uint64_t size, sct_matrix** matrix) {
     if (const char* wrong = sct::read_matrix(bytes, size, *made)) {
         delete made;
         return wrong;
+    }
+    try {
+        made->sums = sct::row_sums(*made);
+    } catch (const std::bad_alloc&) {
+        delete made;
+        return "no memory";
     }
     *matrix = made;
     return nullptr;
@@ -55,12 +63,14 @@ const char* sct_linear(const sct_matrix* matrix, const float* x, int64_t n, int6
     if (n == 0 || matrix->rows == 0) return nullptr;
     const sct::Finish after{finish->bias, finish->residual, finish->activation};
     const int threads = sct::worthwhile(finish->threads, double(n) * double(matrix->count) * matrix->height);
+    if (finish->quantize) return sct::quantized_linear(*matrix, matrix->sums.data(), x, n, stride, after, threads, y);
     return sct::linear(*matrix, x, n, stride, after, threads, y);
 }
 
 const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images, const sct_finish* finish,
                      float* y) {
     if (const char* message = sct::wrong(finish)) return message;
+    if (finish->quantize) return "activations are quantized only for linear layers";
     const sct::Finish after{finish->bias, finish->residual, finish->activation};
     return sct::conv(*matrix, x, *images, after, finish->threads, y);
 }

@@ -1,6 +1,7 @@
 // What surrounds a product: activations into panels, and tiles into outputs with bias, residual and activation.
 #include "bitmask.h"
 #include "blocks.h"
+#include "int8.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -112,7 +113,7 @@ void finish_row(const float* tile, float bias, const float* residual, int activa
 
 #define SCT_TEXT(name) #name
 #define SCT_NAME(name) SCT_TEXT(name)
-const Kernels kernels = {SCT_NAME(SCT_ISA), strip, decode, pack, finish_tokens, finish_row};
+const Kernels kernels = {SCT_NAME(SCT_ISA), strip, decode, pack, finish_tokens, finish_row, largest, quantize, strip_int8};
 
 }  // namespace SCT_ISA
 }  // namespace sct

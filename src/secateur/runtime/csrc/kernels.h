@@ -15,6 +15,11 @@ struct Finish {
     const float* bias;      // by row, may be NULL
     const float* residual;  // like y, may be NULL
     int activation;
+
+    // What belongs to the outputs from a row, and from an element of y, on.
+    Finish from(int64_t row, int64_t at) const {
+        return {bias ? bias + row : nullptr, residual ? residual + at : nullptr, activation};
+    }
 };
 
 struct Kernels {
@@ -29,6 +34,14 @@ struct Kernels {
     void (*finish_tokens)(const float* tile, Finish, int64_t tokens, int rows, float* y, int64_t stride);
     // y[row][token] of one row of a tile, finished with that row's bias.
     void (*finish_row)(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y);
+
+    // For quantized.cpp. The largest magnitude of a token; NaN where a value is not finite.
+    float (*largest)(const float* x, int64_t cols);
+    // bytes[cols][width] = 128 + panel[cols][width] * inverse[width], rounded, in the order that strip_int8 reads.
+    void (*quantize)(const float* panel, const float* inverse, int64_t cols, int64_t width, uint8_t* bytes);
+    // tile[16][PANEL] = 16 rows of int8 blocks of 4 rows, whose sums are given, times such bytes, times both scales.
+    void (*strip_int8)(const Matrix&, const int32_t* sums, uint32_t strip, const uint8_t* bytes, const float* scales,
+                       int64_t width, float* tile);
 };
 
 namespace portable { extern const Kernels kernels; }

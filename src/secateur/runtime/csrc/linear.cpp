@@ -54,9 +54,7 @@ const char* tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, c
         for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s++) {
             in_use->strip(m, s, packed + first * cols, Places{nullptr, uint32_t(width)}, left, tile);
             const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
-            const Finish here{finish.bias ? finish.bias + row : nullptr, finish.residual ? finish.residual + at : nullptr,
-                              finish.activation};
-            in_use->finish_tokens(tile, here, left, rows_of(m, s), y + at, m.rows);
+            in_use->finish_tokens(tile, finish.from(row, at), left, rows_of(m, s), y + at, m.rows);
         }
     });
     return nullptr;

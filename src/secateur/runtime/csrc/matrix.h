@@ -40,4 +40,6 @@ const char* read_matrix(const void* bytes, uint64_t size, Matrix& matrix);
 
 }  // namespace sct
 
-struct sct_matrix : sct::Matrix {};
+struct sct_matrix : sct::Matrix {
+    std::vector<int32_t> sums;  // of rows; for quantized activations
+};

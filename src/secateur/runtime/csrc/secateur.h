@@ -16,12 +16,14 @@ typedef struct sct_matrix sct_matrix;
 typedef enum { SCT_NONE = 0, SCT_RELU = 1, SCT_GELU = 2, SCT_GELU_TANH = 3, SCT_SILU = 4 } sct_activation;
 
 // What follows the product: y = activation(product + bias + residual). bias has one value a row, residual the shape of
-// y; both may be NULL. threads: how many may work, at least 1.
+// y; both may be NULL. threads: how many may work, at least 1. quantize: 1 rounds the activations of sct_linear to 8 bits
+// and adds up integers, for int8 blocks of 4 rows only (quantized.cpp says how); 0 keeps them float32.
 typedef struct {
     const float* bias;
     const float* residual;
     int32_t activation;
     int32_t threads;
+    int32_t quantize;
 } sct_finish;
 
 // Images are (batch, channels, height, width), contiguous. The columns of the matrix are (channel, ky, kx), row-major,

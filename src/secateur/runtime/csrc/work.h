@@ -17,9 +17,9 @@ struct Room {
     size_t size = 0;
     ~Room() { std::free(at); }
     float* of(size_t floats) {
-        if (floats > size) {
+        if (floats > size || !at) {
             std::free(at);
-            size = (floats + 1023) / 1024 * 1024;
+            size = (floats / 1024 + 1) * 1024;
             at = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
             if (!at) size = 0;
         }

@@ -3,6 +3,7 @@
 // A channel becomes one plane of zero-padded rows; with a stride, one plane for each remainder of a position by it.
 // Every tap of the kernel then reads the plane at a fixed distance from the output's position, for all positions at
 // once: outputs are tokens, rows of the plane end with a few that are computed and thrown away.
+#include <algorithm>
 #include <cstring>
 
 #include "work.h"
@@ -49,6 +50,12 @@ void make_planes(const float* image, const sct_images& g, const Geometry& s, flo
                 }
                 const float* line = image + from * g.width;
                 const int64_t shift = px - g.padding[1], step = g.stride[1];
+                if (step == 1 && g.stride[0] == 1 && shift == 0 && s.plane[1] == g.width) {
+                    const int64_t lines = std::min(g.height - from, s.plane[0] - y);  // they follow each other
+                    std::memcpy(row, line, size_t(lines * g.width) * 4);
+                    y += lines - 1;
+                    continue;
+                }
                 int64_t first = shift < 0 ? (-shift + step - 1) / step : 0;
                 int64_t end = shift < g.width ? (g.width - 1 - shift) / step + 1 : 0;
                 if (end > s.plane[1]) end = s.plane[1];

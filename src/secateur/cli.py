@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,7 @@ from secateur.files import require_folder
 if TYPE_CHECKING:
     from torch import nn
 
-    from secateur.report import Report, Row
+    from secateur.report import Report
     from secateur.tasks import Task
 
 
@@ -225,28 +226,45 @@ def prune(
 
 @app.command()
 def bench(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere; without one, this machine.")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="MODEL", help="A model to measure side by side, such as the dense one."),
     ] = None,
     input: Input = None,
     data: Data = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to time.")] = 5.0,
+    seconds: Annotated[float | None, typer.Option(min=0.1, help="How long to time: 5, without a model 30.")] = None,
+    linear: Annotated[str, typer.Option(metavar="OUTxIN", help="Without a model: the linear layer.")] = "3072x768",
+    conv: Annotated[
+        str, typer.Option(metavar="OUTxINxSIZE", help="Without a model: the 3x3 convolution.")
+    ] = "128x128x28",
     as_json: Json = False,
 ) -> None:
-    """Measure size, latency, memory and, given data, accuracy; side by side with another model."""
+    """Measure a model's size, latency, memory and, given data, accuracy; side by side with another one.
+
+    Without a model: from which sparsity on each pattern pays on this machine, and how much.
+    """
     from secateur import recipe
     from secateur.graph.trace import run
     from secateur.report import Report
+    from secateur.report.compare import compared
 
+    if model is None:
+        from secateur.report.terminal import show_crossover
+        from secateur.runtime.crossover import crossover, sizes
+
+        found = crossover(sizes(linear, 2), sizes(conv, 3), seconds or 30.0)
+        typer.echo(json.dumps(asdict(found), indent=1)) if as_json else show_crossover(found)
+        return
     net, example, task = _load(model, against, input, data)
     models = {model: net}
     if against is not None:
         models = {against: recipe.load_model(against), model: net}
     for each in models.values():
         run(each, example)  # one that fails on the inputs is named as such
-    rows, notes = _measured(models, example, task, seconds)
+    rows, notes = compared(models, example, task, seconds or 5.0)
     _show(Report(f"Measured: {model}", rows, notes=notes), as_json, None)
 
 
@@ -339,39 +357,6 @@ def _tie(text: str) -> tuple[str, str]:
     if not (equals and one and other):
         raise SpecError(f"tie {text!r} cannot be read; expected two places, such as left.weight:0=right.weight:0")
     return one, other
-
-
-def _measured(
-    models: dict[str, nn.Module], inputs: Any, task: Task | None, seconds: float
-) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """A row for each model, and how their times compare."""
-    from secateur.measure import measure
-    from secateur.report import Row
-    from secateur.tasks import judge, paired_difference, proportion
-
-    judged = {name: judge(net, task, "test") for name, net in models.items()} if task else {}
-    scores = {name: found for name, (found, _) in judged.items()}
-    first, rows, notes = next(iter(models)), [], []
-    for name, net in models.items():
-        found = measure(net, inputs, {n: m for n, m in models.items() if n != name}, seconds / len(models))
-        rows.append(
-            Row(
-                stage=name,
-                params=found.params,
-                nonzero=found.nonzero,
-                macs=found.macs,
-                bytes=found.bytes,
-                accuracy=proportion(scores[name]) if task else None,
-                drop=paired_difference(scores[first], scores[name]) if task and name != first else None,
-                latency=found.latency.spread,
-                memory=found.memory,
-                metrics=judged[name][1] if task else {},
-            )
-        )
-        if name != first:
-            ratio = found.latency.ratio(found.against[first])
-            notes.append(f"{name} takes {ratio.value:.2f} of the time of {first} ({ratio.low:.2f} to {ratio.high:.2f})")
-    return tuple(rows), tuple(notes)
 
 
 # --- writing -----------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from secateur.graph import Graph
 from secateur.graph.savings import worths
 from secateur.report import Report
 from secateur.report.html import count, duration, metrics, size, told
+from secateur.runtime.crossover import SPARSITIES, Crossover, Curve
 
 SHOWN = 5
 """Frozen axes that a summary lists; the report has all."""
@@ -54,6 +57,32 @@ def show(report: Report, folder: Path | None) -> None:
         typer.echo(note)
     if folder is not None:
         typer.echo(f"Written to {folder}")
+
+
+def show_crossover(found: Crossover) -> None:
+    """Print from which sparsity on every pattern pays, and how much."""
+    shown = [sparsity for sparsity in SPARSITIES if sparsity >= 0.5]
+    table = Table(title="How many times as fast as dense", title_justify="left")
+    for heading in ("", "pays from", *(f"{sparsity:.0%}" for sparsity in shown)):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for layer, curves in itertools.groupby(found.curves, lambda curve: curve.layer):
+        table.add_section()
+        table.add_row(layer, style="bold")
+        for curve in curves:
+            gains = (f"{curve.gains[s].value:.1f}" if s in curve.gains else "" for s in shown)
+            table.add_row(f"  {curve.pattern}", _start(curve), *gains)
+    Console().print(table)
+    threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
+    typer.echo(f"{found.processor}, {found.isa}, {threads}, float32, against torch's fastest dense form.")
+    if found.load > 0.5:
+        typer.echo(f"Other programs kept {found.load:.1f} processors busy; measure again when the machine is quiet.")
+
+
+def _start(curve: Curve) -> str:
+    if curve.wins is None:
+        return "nowhere"
+    below = curve.wins == min(curve.gains) and len(curve.gains) > 1
+    return f"{'at most ' * below}{math.ceil(100 * curve.wins - 1e-9)}%"
 
 
 def axes_of(graph: Graph) -> list[dict[str, Any]]:

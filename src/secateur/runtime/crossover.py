@@ -45,7 +45,7 @@ class Curve:
     """What a pattern gains in one layer.
 
     gains: by sparsity how many times faster than dense, the median over paired rounds and its 10th and 90th percentile.
-    forms: by sparsity the engine's form that is fastest. wins: the least sparsity at which the pattern would be taken,
+    forms: by sparsity the engine's form that is fastest. wins: the least sparsity at which the pattern is faster by MARGIN,
     between those timed by interpolation; the least timed one where it wins there already, None where it never does.
     """
 
@@ -111,7 +111,7 @@ def sizes(text: str, number: int) -> tuple[int, ...]:
 
 
 def wins(gains: Mapping[float, float]) -> float | None:
-    """The least sparsity from which on a form is taken: 1 / MARGIN times as fast as dense.
+    """The least sparsity at which a form is 1 / MARGIN times as fast as dense.
 
     gains: by sparsity, rising, how many times faster. Between two of them the time is taken to fall in a straight line.
     """
@@ -193,9 +193,17 @@ def _call(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _dense(layer: Product, x: Tensor) -> list[Callable[[], Tensor]]:
-    """Torch's dense forms: the layer as it is; a convolution also with channels last, which other layers must keep."""
+    """Torch's dense forms: the layer as it is; with a weight packed by oneDNN, which can be much faster than what
+    ``F.linear`` calls; a convolution with channels last, which other layers must keep.
+    """
     if layer.window is None:
-        return [lambda: layer.by_torch(x)]
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+            return [lambda: layer.by_torch(x)]
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, len(x))
+        return [
+            lambda: layer.by_torch(x),
+            lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""),
+        ]
     weight, last = (value.to(memory_format=torch.channels_last) for value in (layer.weight, x))
     other = Product(layer.name, weight, None, layer.shape, layer.window)
     return [lambda: layer.by_torch(x), lambda: other.by_torch(last)]

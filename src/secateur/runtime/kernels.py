@@ -42,11 +42,12 @@ class _Images(ctypes.Structure):
 
 
 class Handle:
-    """A packed weight that the engine has checked. It borrows the tensor's bytes, and keeps them alive."""
+    """A packed weight that the engine has checked. It borrows the tensor's bytes."""
 
     def __init__(self, packed: Tensor) -> None:
         self.address = c_void_p()
         library = _library()
+        self._close = library.sct_close
         message = library.sct_open(packed.data_ptr(), packed.numel(), byref(self.address))
         if message:
             raise DataError(f"a packed weight is damaged: {message.decode()}; pack the weight again")
@@ -54,7 +55,7 @@ class Handle:
 
     def __del__(self) -> None:
         if self.address:
-            _library().sct_close(self.address)
+            self._close(self.address)
 
 
 def why_missing() -> str:

@@ -49,7 +49,7 @@ def find(module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> l
     for node in module.graph.nodes:
         if node in shapes and (layer := _layer(module, node, shapes[node])) is not None:
             whole = _with_followers(module, layer, taken)
-            if any(_writes(user) and order[node] < order[user] < order[whole.last] for user in layer.input.users):
+            if any(_writes(u, layer.input) and order[node] < order[u] < order[whole.last] for u in layer.input.users):
                 whole = layer  # what it reads is overwritten before the last follower runs
             taken.update(whole.nodes)
             found.append(whole)
@@ -149,6 +149,7 @@ def _shape(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(str(n) for n in value.shape) if isinstance(value, Tensor) else None
 
 
-def _writes(node: fx.Node) -> bool:
+def _writes(node: fx.Node, value: fx.Node) -> bool:
+    """Whether an operator writes to a value that it reads."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    return schema is not None and bool(schema.is_mutable) and node.args[:1] == (value,)

@@ -26,7 +26,8 @@ def seeds() -> None:
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports time their models for an instant: no test asserts a time."""
-    monkeypatch.setattr("secateur.report.log.SECONDS", 0.02)
+    for clock in ("report.log", "targets.cpu_sparse", "runtime.tune"):
+        monkeypatch.setattr(f"secateur.{clock}.SECONDS", 0.02)
 
 
 @pytest.fixture(scope="session")

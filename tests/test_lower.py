@@ -240,7 +240,7 @@ def test_dense_is_kept_where_nothing_is_faster(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_whole_that_is_slower_is_given_up(sparse_wins: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slower(models: dict[str, nn.Module], inputs: Any) -> dict[str, Latency]:
+    def slower(models: dict[str, nn.Module], *_: Any) -> dict[str, Latency]:
         return {name: Latency((1.0 if name == "dense" else 2.0,) * 10, 1) for name in models}
 
     monkeypatch.setattr(cpu_sparse, "NOISE", 1.02)

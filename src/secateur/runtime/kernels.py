@@ -101,16 +101,36 @@ def linear(
     quantize: round activations to 8 bits, with a scale for each token, and add up integers; for int8 blocks of height 4
     only. csrc/quantized.cpp says exactly what is computed; without it int8 weights meet float32 activations.
     """
-    handle = opened(packed)
-    if x.shape[-1] != handle.cols:
-        raise DataError(f"the weight has {handle.cols} inputs, found activations of shape {list(x.shape)}")
+    return linears(x, [packed], [bias], [residual], [activation], [quantize])[0]
+
+
+def linears(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    residual: Sequence[Tensor | None],
+    activation: Sequence[str],
+    quantize: Sequence[bool],
+) -> list[Tensor]:
+    """``linear`` for layers that read the same x, which is brought into the engine's order once."""
+    handles = [opened(p) for p in packed]
+    for handle in handles:
+        if x.ndim == 0 or x.shape[-1] != handle.cols:
+            raise DataError(f"the weight has {handle.cols} inputs, found activations of shape {list(x.shape)}")
     x = _plain("x", x)
-    y = x.new_empty(*x.shape[:-1], handle.rows)
-    n = y.numel() // handle.rows if handle.rows else 0
-    finish = _finish(bias, residual, activation, (handle.rows,), y)
-    finish.contents.quantize = quantize
-    _check(_library().sct_linear(handle.address, x.data_ptr(), n, handle.cols, finish, y.data_ptr()))
-    return y
+    ys = [x.new_empty(*x.shape[:-1], handle.rows) for handle in handles]
+    count, n = len(handles), x.shape[:-1].numel()
+    finishes = (_Finish * count)()
+    held = [
+        _fill(finishes[i], bias[i], residual[i], activation[i], (handles[i].rows,), ys[i], quantize[i])
+        for i in range(count)
+    ]
+    addresses = (c_void_p * count)(*(handle.address.value for handle in handles))
+    outputs = (c_void_p * count)(*(y.data_ptr() for y in ys))
+    stride = x.shape[-1]
+    _check(_library().sct_linears(addresses, count, x.data_ptr(), n, stride, finishes, outputs))
+    del held
+    return ys
 
 
 def conv(
@@ -130,8 +150,10 @@ def conv(
     x = _plain("x", x)
     y = x.new_empty(x.shape[0], handle.rows, *image_size(x.shape[2:], *walk))
     images = _Images(*x.shape, *((c_int64 * 2)(*pair) for pair in walk))
-    finish = _finish(bias, residual, activation, (handle.rows,), y)
-    _check(_library().sct_conv(handle.address, x.data_ptr(), byref(images), finish, y.data_ptr()))
+    finish = _Finish()
+    held = _fill(finish, bias, residual, activation, (handle.rows,), y)
+    _check(_library().sct_conv(handle.address, x.data_ptr(), byref(images), byref(finish), y.data_ptr()))
+    del held
     return y
 
 
@@ -179,22 +201,26 @@ def _plain(name: str, value: Tensor) -> Tensor:
     return value.contiguous()
 
 
-def _finish(
-    bias: Tensor | None, residual: Tensor | None, activation: str, rows: tuple[int, ...], y: Tensor
-) -> ctypes._Pointer[_Finish]:
-    """What follows the product. Raises DataError where a tensor does not fit the output."""
+def _fill(
+    finish: _Finish, bias: Tensor | None, residual: Tensor | None, activation: str, rows: tuple[int, ...], y: Tensor,
+    quantize: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Say what follows the product. Returns what must stay alive until it is done.
+
+    Raises DataError where a tensor does not fit the output.
+    """
     if activation not in ACTIVATIONS:
         raise DataError(f"activation {activation!r} is unknown; expected one of {sorted(ACTIVATIONS)}")
-    finish = _Finish(None, None, ACTIVATIONS[activation], torch.get_num_threads())
+    finish.activation, finish.threads, finish.quantize = ACTIVATIONS[activation], torch.get_num_threads(), quantize
+    held = []
     for name, value, shape in (("bias", bias, rows), ("residual", residual, tuple(y.shape))):
         if value is None:
             continue
         if tuple(value.shape) != shape:
             raise DataError(f"expected {name} of shape {list(shape)}, found {list(value.shape)}")
-        value = _plain(name, value)
-        setattr(finish, name, value.data_ptr())
-        setattr(finish, f"_{name}", value)  # keeps a copy that was made contiguous alive
-    return ctypes.pointer(finish)
+        held.append(_plain(name, value))
+        setattr(finish, name, held[-1].data_ptr())
+    return held
 
 
 def _check(message: bytes | None) -> None:
@@ -211,7 +237,7 @@ def _library() -> ctypes.CDLL:
         raise TargetError(f"the sparse engine in {path} cannot be loaded: {error}") from error
     messages = {
         "sct_open": (c_void_p, c_uint64, POINTER(c_void_p)),
-        "sct_linear": (c_void_p, c_void_p, c_int64, c_int64, POINTER(_Finish), c_void_p),
+        "sct_linears": (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
         "sct_conv": (c_void_p, c_void_p, POINTER(_Images), POINTER(_Finish), c_void_p),
         "sct_isa": (),
         "sct_use": (c_char_p,),

@@ -58,13 +58,36 @@ uint32_t sct_cols(const sct_matrix* matrix) { return matrix->cols; }
 
 const char* sct_linear(const sct_matrix* matrix, const float* x, int64_t n, int64_t stride, const sct_finish* finish,
                        float* y) {
-    if (const char* message = sct::wrong(finish)) return message;
+    return sct_linears(&matrix, 1, x, n, stride, finish, &y);
+}
+
+const char* sct_linears(const sct_matrix* const* matrices, int32_t count, const float* x, int64_t n, int64_t stride,
+                        const sct_finish* finishes, float* const* ys) {
+    constexpr int MOST = 16;
+    if (count < 0 || count > MOST) return "more than 16 layers at once";
     if (n < 0 || stride < 0) return "a size is negative";
-    if (n == 0 || matrix->rows == 0) return nullptr;
-    const sct::Finish after{finish->bias, finish->residual, finish->activation};
-    const int threads = sct::worthwhile(finish->threads, double(n) * double(matrix->count) * matrix->height);
-    if (finish->quantize) return sct::quantized_linear(*matrix, matrix->sums.data(), x, n, stride, after, threads, y);
-    return sct::linear(*matrix, x, n, stride, after, threads, y);
+    sct::Part parts[MOST];
+    int some = 0, threads = 1;
+    double work = 0;
+    for (int i = 0; i < count; i++) {
+        const sct_matrix& m = *matrices[i];
+        const sct_finish& finish = finishes[i];
+        if (const char* message = sct::wrong(&finish)) return message;
+        if (m.cols != matrices[0]->cols) return "layers that share activations differ in their columns";
+        if (n == 0 || m.rows == 0) continue;
+        const sct::Finish after{finish.bias, finish.residual, finish.activation};
+        const double mine = double(n) * double(m.count) * m.height;
+        if (finish.quantize) {
+            const int helpers = sct::worthwhile(finish.threads, mine);
+            const char* message = sct::quantized_linear(m, m.sums.data(), x, n, stride, after, helpers, ys[i]);
+            if (message) return message;
+            continue;
+        }
+        parts[some++] = {&m, after, ys[i]};
+        work += mine;
+        threads = finish.threads;
+    }
+    return some ? sct::linear(parts, some, x, n, stride, sct::worthwhile(threads, work)) : nullptr;
 }
 
 const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images, const sct_finish* finish,

@@ -27,45 +27,51 @@ void one_token(const Matrix& m, const float* x, const Finish& finish, int thread
     });
 }
 
-const char* tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads,
-                   float* y) {
-    const int64_t cols = m.cols;
-    const auto width_of = [&](int64_t panel) {
-        const int64_t left = n - panel * PANEL;
-        return left >= PANEL ? PANEL : (left + 15) / 16 * 16;
-    };
-    const int64_t panels = (n + PANEL - 1) / PANEL;
-    float* const packed = room.of(size_t(cols * ((panels - 1) * PANEL + width_of(panels - 1))));
-    if (!packed) return "no memory for the activations";
+int64_t width_of(int64_t panel, int64_t n) {
+    const int64_t left = n - panel * PANEL;
+    return left >= PANEL ? PANEL : (left + 15) / 16 * 16;
+}
 
+// Activations in panels of PANEL tokens, transposed: [panel][column][token].
+const float* packed(const float* x, int64_t n, int64_t stride, int64_t cols, int threads) {
+    const int64_t panels = (n + PANEL - 1) / PANEL;
+    float* const into = room.of(size_t(cols * ((panels - 1) * PANEL + width_of(panels - 1, n))));
+    if (!into) return nullptr;
     constexpr int64_t PART = 128;  // columns that are packed as one piece of work
     const int64_t parts = (cols + PART - 1) / PART;
     parallel(panels * parts, threads, [&](int64_t i) {
         const int64_t panel = i / parts, k = i % parts * PART, some = cols - k < PART ? cols - k : PART;
-        const int64_t first = panel * PANEL, left = n - first < PANEL ? n - first : PANEL, width = width_of(panel);
-        in_use->pack(x + first * stride + k, stride, left, some, packed + first * cols + k * width, width);
+        const int64_t first = panel * PANEL, left = n - first < PANEL ? n - first : PANEL, width = width_of(panel, n);
+        in_use->pack(x + first * stride + k, stride, left, some, into + first * cols + k * width, width);
     });
+    return into;
+}
 
+void tokens(const Matrix& m, const float* panels_of_x, int64_t n, const Finish& finish, int threads, float* y) {
+    const int64_t cols = m.cols, panels = (n + PANEL - 1) / PANEL;
     const Pieces pieces(m, (threads * PIECES + panels - 1) / panels);
     parallel(panels * pieces.count, threads, [&](int64_t i) {
         const int64_t panel = i / pieces.count, piece = i % pieces.count, first = panel * PANEL;
-        const int64_t left = n - first < PANEL ? n - first : PANEL, width = width_of(panel);
+        const int64_t left = n - first < PANEL ? n - first : PANEL, width = width_of(panel, n);
         alignas(64) float tile[STRIP * PANEL];
         for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s++) {
-            in_use->strip(m, s, packed + first * cols, Places{nullptr, uint32_t(width)}, left, tile);
+            in_use->strip(m, s, panels_of_x + first * cols, Places{nullptr, uint32_t(width)}, left, tile);
             const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
             in_use->finish_tokens(tile, finish.from(row, at), left, rows_of(m, s), y + at, m.rows);
         }
     });
-    return nullptr;
 }
 
 }  // namespace
 
-const char* linear(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads,
-                   float* y) {
-    if (n != 1) return tokens(m, x, n, stride, finish, threads, y);
-    one_token(m, x, finish, threads, y);
+const char* linear(const Part* parts, int count, const float* x, int64_t n, int64_t stride, int threads) {
+    if (n == 1) {
+        for (int i = 0; i < count; i++) one_token(*parts[i].matrix, x, parts[i].finish, threads, parts[i].y);
+        return nullptr;
+    }
+    const float* const panels = packed(x, n, stride, parts[0].matrix->cols, threads);
+    if (!panels) return "no memory for the activations";
+    for (int i = 0; i < count; i++) tokens(*parts[i].matrix, panels, n, parts[i].finish, threads, parts[i].y);
     return nullptr;
 }
 

@@ -43,6 +43,9 @@ SECATEUR_API uint32_t sct_cols(const sct_matrix* matrix);
 // x (n, cols) -> y (n, rows), rows of x ``stride`` values apart.
 SECATEUR_API const char* sct_linear(const sct_matrix* matrix, const float* x, int64_t n, int64_t stride,
                                     const sct_finish* finish, float* y);
+// The same for layers that read the same x, such as queries, keys and values: it is brought into order once.
+SECATEUR_API const char* sct_linears(const sct_matrix* const* matrices, int32_t count, const float* x, int64_t n,
+                                     int64_t stride, const sct_finish* finishes, float* const* ys);
 // x -> y (batch, rows, height', width').
 SECATEUR_API const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images,
                                   const sct_finish* finish, float* y);

@@ -62,7 +62,14 @@ inline int rows_of(const Matrix& m, uint32_t strip) {
     return int(left < STRIP ? left : STRIP);
 }
 
-const char* linear(const Matrix&, const float* x, int64_t n, int64_t stride, const Finish&, int threads, float* y);
+// A layer among those that read the same activations.
+struct Part {
+    const Matrix* matrix;
+    Finish finish;
+    float* y;
+};
+
+const char* linear(const Part* parts, int count, const float* x, int64_t n, int64_t stride, int threads);
 const char* conv(const Matrix&, const float* x, const sct_images&, const Finish&, int threads, float* y);
 
 }  // namespace sct

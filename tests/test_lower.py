@@ -16,7 +16,7 @@ import secateur as sc
 from secateur.errors import SpecError, TargetError, TraceError
 from secateur.measure import Latency
 from secateur.runtime import kernels, tune
-from secateur.runtime.layers import SparseConv, SparseLinear
+from secateur.runtime.layers import SharedLinears, SparseConv, SparseLinear
 from secateur.targets import cpu_sparse
 from secateur.tasks import clone
 
@@ -119,9 +119,26 @@ class Texts(nn.Module):
         return self.out(F.relu(self.mix(x.transpose(1, 2))).transpose(1, 2))
 
 
+class Attention(nn.Module):
+    """Layers that read the same value, one with an activation, one also with something added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.gate = (nn.Linear(16, n) for n in (16, 8, 8, 24))
+        self.k.bias = None
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.k(x).repeat(1, 1, 2)
+        y = F.scaled_dot_product_attention(self.q(x), keys, self.v(x).repeat(1, 1, 2))
+        y = x + self.out(y)
+        return F.silu(self.gate(x)).sum(-1, keepdim=True) * y
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "residual": (Residual, lambda n: torch.randn(n, 3, 13, 11)),
     "overwritten": (Overwritten, lambda n: torch.randn(n, 5, 16)),
+    "attention": (Attention, lambda n: torch.randn(n, 5, 16)),
     "twice": (Twice, lambda n: torch.randn(n, 16)),
     "texts": (Texts, lambda n: {"words": torch.randint(0, 50, (n, 9))}),
 }
@@ -163,6 +180,12 @@ def test_what_follows_a_layer_is_done_with_it(sparse_wins: None) -> None:
     }  # fmt: skip
     calls = [str(node.target) for node in lowered.graph.nodes if node.op == "call_function"]
     assert not [call for call in calls if "relu" in call or "batch_norm" in call or "conv" in call or "add" in call]
+
+
+def test_layers_that_read_the_same_share_a_call(sparse_wins: None) -> None:
+    lowered = sc.lower(zeroed(Attention()), torch.randn(2, 5, 16))
+    (shared,) = [m for m in lowered.modules() if isinstance(m, SharedLinears)]
+    assert sorted((m.outputs, m.activation) for m in shared.layers) == [(8, ""), (8, ""), (16, ""), (24, "silu")]
 
 
 def test_a_layer_whose_input_is_overwritten_stays_before_that(sparse_wins: None) -> None:

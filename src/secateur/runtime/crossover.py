@@ -21,8 +21,8 @@ from secateur.progress import track
 from secateur.runtime import kernels
 from secateur.runtime.formats import Format
 from secateur.runtime.layers import Window
-from secateur.runtime.product import Product
-from secateur.runtime.tune import FEW_TOKENS, MARGIN, processor
+from secateur.runtime.product import FEW_TOKENS, Product
+from secateur.runtime.tune import MARGIN, processor
 from secateur.tasks import Interval
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)

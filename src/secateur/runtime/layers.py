@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +28,18 @@ class SparseLinear(nn.Module):
     """activation(x @ weight.T + bias + residual) by the engine; x (…, inputs), residual and result (…, outputs).
 
     packed: a packed weight (``formats.pack``). It is a buffer, so it is saved with the model; to change it load
-    another state. Floats of other dtypes than ``float32`` are converted for the engine, and the result back.
+    another state. quantize: round activations to 8 bits, too, for int8 blocks of height 4 (``kernels.linear``). Floats
+    of other dtypes than ``float32`` are converted for the engine, and the result back.
     """
 
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, packed: Tensor, bias: Tensor | None, outputs: int, activation: str = "") -> None:
+    def __init__(
+        self, packed: Tensor, bias: Tensor | None, outputs: int, activation: str = "", quantize: bool = False
+    ) -> None:
         super().__init__()
-        self.outputs, self.activation = outputs, activation
+        self.outputs, self.activation, self.quantize = outputs, activation, quantize
         self.register_buffer("packed", packed)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
@@ -42,11 +47,29 @@ class SparseLinear(nn.Module):
         given = x.dtype
         bias = None if self.bias is None else self.bias.float()
         residual = None if residual is None else residual.float()
-        y: Tensor = torch.ops.secateur.linear(x.float(), self.packed, bias, residual, self.activation, self.outputs)
+        after = (bias, residual, self.activation, self.outputs, self.quantize)
+        y: Tensor = torch.ops.secateur.linear(x.float(), self.packed, *after)
         return y.to(given)
 
     def extra_repr(self) -> str:
         return f"outputs={self.outputs}, activation={self.activation or None}"
+
+
+class SharedLinears(nn.Module):
+    """Layers that read the same x, such as queries, keys and values, in one call; gives one result for each."""
+
+    def __init__(self, layers: Iterable[SparseLinear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        layers: list[Any] = list(self.layers)
+        packed, bias = [each.packed for each in layers], [each.bias for each in layers]
+        floats = [None if b is None else b.float() for b in bias]
+        activation, outputs = [each.activation for each in layers], [each.outputs for each in layers]
+        quantize = [each.quantize for each in layers]
+        ys = torch.ops.secateur.linears(x.float(), packed, floats, activation, outputs, quantize)
+        return [y.to(x.dtype) for y in ys]
 
 
 class SparseConv(nn.Module):

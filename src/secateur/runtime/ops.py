@@ -1,4 +1,4 @@
-"""The engine as torch operators, ``secateur::linear`` and ``secateur::conv2d``, for inference.
+"""The engine as torch operators, ``secateur::linear``, ``linears`` and ``conv2d``, for inference.
 
 They take activations of shape (…, inputs) and (batch, channels, height, width) in ``float32`` on the CPU, and a packed
 weight; what follows a layer (bias, residual, activation) is done in the same pass. They are known to ``torch.export``
@@ -7,7 +7,7 @@ and ``torch.compile``; they have no gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ from secateur.runtime import kernels
 
 _library: Any = torch.library.Library("secateur", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs) -> Tensor"
+    "linear(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs, "
+    "bool quantize=False) -> Tensor"
+)
+_library.define(
+    "linears(Tensor x, Tensor[] packed, Tensor?[] bias, str[] activation, int[] outputs, bool[] quantize) -> Tensor[]"
 )
 _library.define(
     "conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs, "
@@ -27,16 +31,33 @@ _library.define(
 
 
 def _linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int
-) -> Tensor:
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int,
+    quantize: bool = False,
+) -> Tensor:  # fmt: skip
     _require_no_gradients(x, residual)
-    return kernels.linear(x, packed, bias, residual, activation)
+    return kernels.linear(x, packed, bias, residual, activation, quantize)
 
 
 def _linear_shape(
-    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int
-) -> Tensor:
+    x: Tensor, packed: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, outputs: int,
+    quantize: bool = False,
+) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], outputs)
+
+
+def _linears(
+    x: Tensor, packed: list[Tensor], bias: list[Tensor | None], activation: list[str], outputs: list[int],
+    quantize: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    _require_no_gradients(x, None)
+    return kernels.linears(x, packed, bias, [None] * len(packed), activation, quantize)
+
+
+def _linears_shapes(
+    x: Tensor, packed: list[Tensor], bias: list[Tensor | None], activation: list[str], outputs: list[int],
+    quantize: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(*x.shape[:-1], n) for n in outputs]
 
 
 def _conv2d(
@@ -63,6 +84,11 @@ def _require_no_gradients(x: Tensor, residual: Tensor | None) -> None:
         )
 
 
-for _name, _run, _shape in (("linear", _linear, _linear_shape), ("conv2d", _conv2d, _conv2d_shape)):
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_linear, _linear_shape),
+    "linears": (_linears, _linears_shapes),
+    "conv2d": (_conv2d, _conv2d_shape),
+}
+for _name, (_run, _shape) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _run, "CPU")
     torch.library.register_fake(f"secateur::{_name}", _shape, lib=_library)

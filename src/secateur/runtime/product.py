@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.runtime.formats import Format, pack
+from secateur.runtime.formats import Format, pack, read_header
 from secateur.runtime.layers import SparseConv, SparseLinear, Window
+
+FEW_TOKENS = 16
+"""Up to here the bytes of weights are what a linear layer waits for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +61,18 @@ class Product:
 
     def sparse(self, format: Format) -> nn.Module:
         """The layer and what follows it, by the engine."""
-        packed = pack(self.weight.flatten(1), format, self.groups)
+        return self.by_engine(pack(self.weight.flatten(1), format, self.groups))
+
+    def by_engine(self, packed: Tensor) -> nn.Module:
+        """The same, of the weight as it is packed already."""
         if self.window is None:
-            return SparseLinear(packed, self.bias, len(self.weight), self.activation)
+            return SparseLinear(packed, self.bias, len(self.weight), self.activation, self._quantizes(packed))
         return SparseConv(packed, self.bias, len(self.weight), self.window, self.flat, self.activation)
+
+    def _quantizes(self, packed: Tensor) -> bool:
+        """Whether integers are added up: for one or few tokens, bytes of weights are what takes the time."""
+        format = read_header(packed).format
+        return format.values == "int8" and format.kind == "blocks" and format.height == 4 and self.tokens > FEW_TOKENS
 
 
 class DenseLayer(nn.Module):

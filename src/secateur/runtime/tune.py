@@ -24,16 +24,13 @@ from secateur.errors import DataError
 from secateur.files import read_json, write_atomic
 from secateur.runtime import kernels
 from secateur.runtime.formats import Format
-from secateur.runtime.product import Product
+from secateur.runtime.product import FEW_TOKENS, Product
 
 MARGIN = 0.95
 """A sparse form is taken where it needs less than this part of the dense time."""
 
 ROUNDS, SECONDS = 7, 0.15
 """A layer is timed for that many rounds at least, and for about so long."""
-
-FEW_TOKENS = 16
-"""Up to here a bitmask may pay: it spends work on zeros to save bytes."""
 
 _CACHE = "SECATEUR_CACHE"  # environment: another folder for what was found
 _BEYOND_CACHES = 2**26  # bytes; reading as many leaves nothing else in a processor's caches
@@ -79,7 +76,8 @@ def choose(product: Product, values: str, cold: bool) -> tuple[Choice, Format | 
 
 
 def candidates(product: Product, values: str) -> list[Format]:
-    """The forms worth trying: single weights where most are zero, blocks always, a bitmask for few tokens."""
+    """The forms worth trying: single weights where most are zero, blocks always, and for few tokens a bitmask, which
+    spends work on zeros to save bytes."""
     density = product.density
     found = [Format("blocks", height, values) for height in (4, 16) if len(product.weight) >= height]
     if density <= 0.6:

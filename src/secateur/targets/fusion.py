@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from secateur.apply.rewrite import put
+from secateur.runtime.layers import SharedLinears, SparseLinear
 from secateur.runtime.product import Product, window_of
 
 aten = torch.ops.aten
@@ -24,6 +27,9 @@ _ACTIVATIONS: dict[Any, str] = {
 _CONVOLUTIONS: dict[Any, int] = {aten.conv1d.default: 1, aten.conv2d.default: 2}
 _ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
 _COPIES = (aten.dropout.default, aten.dropout_.default, aten.alias.default)  # nothing, in evaluation mode
+
+MOST_SHARED = 16
+"""How many layers the engine runs in one call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +55,7 @@ def find(module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> l
     for node in module.graph.nodes:
         if node in shapes and (layer := _layer(module, node, shapes[node])) is not None:
             whole = _with_followers(module, layer, taken)
-            if any(_writes(u, layer.input) and order[node] < order[u] < order[whole.last] for u in layer.input.users):
+            if any(writes(u, layer.input) and order[node] < order[u] < order[whole.last] for u in layer.input.users):
                 whole = layer  # what it reads is overwritten before the last follower runs
             taken.update(whole.nodes)
             found.append(whole)
@@ -149,7 +155,31 @@ def _shape(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(str(n) for n in value.shape) if isinstance(value, Tensor) else None
 
 
-def _writes(node: fx.Node, value: fx.Node) -> bool:
+def writes(node: fx.Node, value: fx.Node) -> bool:
     """Whether an operator writes to a value that it reads."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable) and node.args[:1] == (value,)
+
+
+def share_(module: fx.GraphModule) -> None:
+    """Let engine layers that read the same value, and nothing else, do so in one call."""
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        alone = node.op == "call_module" and len(node.args) == 1
+        if alone and isinstance(module.get_submodule(str(node.target)), SparseLinear):
+            readers.setdefault(node.args[0], []).append(node)
+    for x, nodes in readers.items():
+        first, last = nodes[0], nodes[-1]
+        overwritten = any(writes(user, x) and order[first] < order[user] < order[last] for user in x.users)
+        if len(nodes) == 1 or len(nodes) > MOST_SHARED or overwritten:
+            continue
+        layers = [module.get_submodule(str(node.target)) for node in nodes]
+        path = f"{first.target}_and_{len(nodes) - 1}_more"
+        put(module, path, SharedLinears(layer for layer in layers if isinstance(layer, SparseLinear)))
+        with module.graph.inserting_before(first):
+            together = module.graph.call_module(path, (x,))
+            parts = [module.graph.call_function(operator.getitem, (together, i)) for i in range(len(nodes))]
+        for node, part in zip(nodes, parts, strict=True):
+            node.replace_all_uses_with(part)
+            module.graph.erase_node(node)

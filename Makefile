@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo check test nightly bench zoo docs
+.PHONY: setup demo check kernels-check test nightly bench zoo docs
 .DEFAULT_GOAL := setup
 
 setup: .venv/stamp
@@ -26,7 +26,12 @@ check: setup  ## what CI runs first
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: setup  ## what CI runs second
+kernels-check:  ## what CI runs second: the engine of every instruction set against plain loops, sanitized
+	cmake -S src/secateur/runtime/csrc -B build/check -DSECATEUR_CHECKS=ON -DSECATEUR_SANITIZE=ON
+	cmake --build build/check --parallel $(TEST_PROCESSES)
+	build/check/check 10000
+
+test: setup  ## what CI runs third
 	$(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
 nightly: setup  ## the law over 2,000 random networks, compat.prune over 6,000 random sequences of calls

@@ -103,7 +103,7 @@ void finish_tokens(const float* tile, Finish f, int64_t tokens, int rows, float*
 void finish_row(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y) {
     for (int64_t t = 0; t < tokens; t += LANES) {
         const int some = tokens - t < LANES ? int(tokens - t) : LANES;
-        Vec v = load(tile + t) + all(bias);
+        Vec v = load_first(tile + t, some) + all(bias);
         if (residual) v += load_first(residual + t, some);
         store_first(y + t, activate(v, activation), some);
     }

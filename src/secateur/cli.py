@@ -190,12 +190,16 @@ def prune(
     checkpoint: Checkpoint = None,
     verify: Annotated[bool, typer.Option(help="Check that removing equals zeroing.")] = True,
     seed: Annotated[int, typer.Option()] = 0,
+    packed: Annotated[bool, typer.Option("--packed", help="Store masked weights without their zeros.")] = False,
     as_json: Json = False,
 ) -> None:
     """Prune a model to a budget, recover it, and write the model with its report."""
     import secateur as sc
+    from secateur.store import require_masks
 
     require_folder(out)
+    if packed:
+        require_masks(pattern)
     recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
     recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
     net, example, task = _load(model, dense, input, data)
@@ -220,7 +224,7 @@ def prune(
         seed=seed,
         source=model,
     )
-    sc.save(result, out)
+    sc.save(result, out, packed)
     _show(result.report, as_json, out)
 
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,19 @@ from typing import Any
 from secateur.errors import DataError
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview]) -> None:
     """Write ``path`` so that a reader, or a crash, meets the old file or the new one, never a part.
 
-    Strings are written as UTF-8, newlines as they are. Missing parent folders are made.
+    Strings are written as UTF-8, newlines as they are; pieces one after the other. Missing parent folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = data.encode() if isinstance(data, str) else data
+    pieces = [raw] if isinstance(raw, bytes) else raw
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(raw)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(_ordinary(0o666))
@@ -36,13 +38,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed content of a JSON file. Raises DataError where it is missing or damaged."""
+    """The parsed content of a JSON file. Raises DataError where it is missing, damaged, or says something twice."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged, or no JSON file: {error}") from error
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON (``object_pairs_hook``) in which no key comes twice; raises ValueError where one does."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def require_folder(path: Path) -> None:

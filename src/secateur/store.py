@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from secateur import patterns
 from secateur.apply.attributes import Changes, Value
 from secateur.apply.depth import DELETED, Taken
 from secateur.apply.resize import resize_
 from secateur.apply.shrink import as_program, refit_
-from secateur.errors import DataError, MissingExtra, PlanError
+from secateur.errors import DataError, MissingExtra, PlanError, SpecError, TargetError
 from secateur.files import read_json, replace_dir, write_atomic
 from secateur.graph.types import example_args
+from secateur.patterns import Pattern
 from secateur.plan import Plan
 from secateur.recipe import PUBLIC, load_model
 from secateur.report import Report
+from secateur.runtime import disk, kernels
+from secateur.runtime.disk import Unpacked
 from secateur.tasks import clone
 
 VERSION = 1
@@ -63,15 +65,21 @@ class About:
     attributes: Changes
     taken: Taken
     inputs: Any
+    packed: dict[str, Unpacked]
 
 
-def save(result: Result, folder: Path | str) -> Path:
+def save(result: Result, folder: Path | str, packed: bool = False) -> Path:
     """Write a pruned model as a directory: weights, plan, example inputs, report; returns its path.
+
+    packed: store weights that the plan masks without their zeros, where that takes fewer bytes (docs/format.md).
+    ``load`` gives them back bit by bit, but for -0.0 and denormals, which become 0.0; or hands them to the sparse
+    engine as they are. Raises SpecError where the plan masks no weights, as it removes units.
 
     An older directory of that name is replaced as a whole. The page report.html is written where its packages are
     installed. ``load`` reads it back.
     """
     state, aliases = _unique(result.model)
+    small, was = _packed(result, state, aliases) if packed else ({}, {})
     shapes, tensors = _pack(result.inputs)
     kind = type(result.model)
     about = {
@@ -86,9 +94,11 @@ def save(result: Result, folder: Path | str) -> Path:
         "taken": result.taken,
         "inputs": shapes,
     }
+    if packed:
+        about["packed"] = {name: of.to_json() for name, of in was.items()}
     with replace_dir(Path(folder)) as new:
         write_atomic(new / MODEL, json.dumps(about, indent=1))
-        write_atomic(new / WEIGHTS, to_safetensors(state))
+        disk.write(new / WEIGHTS, small, {name: tensor for name, tensor in state.items() if name not in small})
         write_atomic(new / INPUTS, to_safetensors(tensors))
         write_atomic(new / "report.json", result.report.to_json())
         with contextlib.suppress(MissingExtra):
@@ -97,43 +107,43 @@ def save(result: Result, folder: Path | str) -> Path:
     return Path(folder)
 
 
-def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
+def require_masks(pattern: str) -> Pattern:
+    """The pattern, parsed. Raises SpecError for one that masks no weights: there is nothing to pack then."""
+    found = patterns.parse(pattern)
+    if not isinstance(found, patterns.Unstructured | patterns.NM | patterns.Block):
+        raise SpecError(
+            f"packed stores masked weights without their zeros; the pattern {pattern!r} removes units instead, and "
+            "what is left is stored whole: save without packed"
+        )
+    return found
+
+
+def load(folder: Path | str, model: nn.Module | None = None, target: str = "") -> nn.Module:
     """The pruned model of a directory, in evaluation mode.
 
     model: the dense model of the original class (its weights do not matter; it is not changed). It may be left
     out where the directory names a public source (``timm:…``, ``torchvision:…``, ``hf:…``); code that a
     directory names is never run.
+    target: "cpu-sparse" for a model whose layers run on the sparse engine wherever their weights are packed. Those
+    stay in the file, mapped into memory, and are never expanded; the file must not be changed meanwhile.
 
     Raises DataError for a missing, damaged or foreign directory, PlanError where ``model`` is not the model that
-    was pruned.
+    was pruned, SpecError for an unknown target, TargetError where the engine is not there or has nothing to run.
     """
     folder = Path(folder)
+    if target not in ("", "cpu-sparse"):
+        raise SpecError(f"target {target!r} is unknown; expected 'cpu-sparse', or none")
     saved, plan = _about(folder), Plan.load(folder)
     dense = model if model is not None else _dense(folder, saved)
     plan.check_fits(dense)
-    small = clone(dense)
-    if saved.form == "program":
-        resize_(small, plan.cuts)
-        small = as_program(dense, plan, small, saved.inputs)
-    else:
-        refit_(small, plan, saved.attributes, saved.taken)
-    state = _read(folder / WEIGHTS)
-    for alias, name in saved.aliases.items():
-        if name not in state or alias in state:
-            raise DataError(f"{folder / MODEL} ties {alias!r} to {name!r}, which {WEIGHTS} does not hold")
-        state[alias] = state[name]
-    expected = small.state_dict()
-    for name, tensor in expected.items():
-        found = state.get(name)
-        if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
-            what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
-            raise PlanError(
-                f"{folder / WEIGHTS}: expected {name} of {tensor.dtype} {list(tensor.shape)}, found {what}; "
-                "load onto the model that was pruned"
-            )
-    if extra := sorted(state.keys() - expected.keys()):
-        raise PlanError(f"{folder / WEIGHTS} holds {extra[0]!r}, which the model does not have")
-    small.load_state_dict(state)
+    state = disk.read(folder / WEIGHTS)
+    engine = _for_engine(folder, saved, dense, state) if target else {}
+    small = _refitted(dense, plan, saved, list(engine))
+    _fill_(small, folder, saved, state, set(engine))
+    if engine:
+        from secateur.runtime.attach import attach_
+
+        attach_(small.requires_grad_(False), engine)
     return small.eval()
 
 
@@ -145,6 +155,112 @@ def saved_inputs(folder: Path | str) -> Any:
 def saved_source(folder: Path | str) -> str:
     """What names the dense model on the command line; "" where only the user knows. Raises as ``saved_inputs``."""
     return _about(Path(folder)).source
+
+
+def _refitted(dense: nn.Module, plan: Plan, saved: About, shared: list[str]) -> nn.Module:
+    """A copy of the dense model in the form that was saved; weights in ``shared`` are not copied."""
+    parameters = dict(dense.named_parameters())
+    small = clone(dense, [parameters[name] for name in shared])
+    if saved.form == "program":
+        resize_(small, plan.cuts)
+        return as_program(dense, plan, small, saved.inputs)
+    refit_(small, plan, saved.attributes, saved.taken)
+    return small
+
+
+def _fill_(model: nn.Module, folder: Path, saved: About, state: dict[str, Tensor], engine: set[str]) -> None:
+    """Give the model the state of the directory, every tensor of which must fit; the engine's are only looked at."""
+    expected = model.state_dict()
+    for name, of in saved.packed.items():
+        _require(folder, name, expected.get(name), (of.shape, getattr(torch, of.dtype)))
+    given = {name: _unpacked(folder, name, state, saved) for name in state if name not in engine}
+    for alias, name in saved.aliases.items():
+        if name not in state or alias in state:
+            raise DataError(f"{folder / MODEL} ties {alias!r} to {name!r}, which {WEIGHTS} does not hold")
+        if name in engine:
+            expected.pop(alias, None)
+        else:
+            given[alias] = given[name]
+    for name, tensor in expected.items():
+        if name not in engine:
+            found = given.get(name)
+            _require(folder, name, tensor, None if found is None else (tuple(found.shape), found.dtype))
+    for name in sorted(given.keys() - expected.keys()):
+        _require(folder, name, None, None)
+    model.load_state_dict(given, strict=False)
+
+
+def _require(
+    folder: Path, name: str, expected: Tensor | None, found: tuple[tuple[int, ...], torch.dtype] | None
+) -> None:
+    if expected is None:
+        raise PlanError(f"{folder / WEIGHTS} holds {name!r}, which the model does not have")
+    if found != (tuple(expected.shape), expected.dtype):
+        what = "nothing" if found is None else f"{found[1]} {list(found[0])}"
+        raise PlanError(
+            f"{folder / WEIGHTS}: expected {name} of {expected.dtype} {list(expected.shape)}, found {what}; "
+            "load onto the model that was pruned"
+        )
+
+
+# --- packed weights ----------------------------------------------------------------------------------
+
+
+def _packed(
+    result: Result, state: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Unpacked]]:
+    """The masked weights that take fewer bytes packed, and what they were."""
+    pattern = require_masks(result.plan.pattern)
+    small, was = dict[str, Tensor](), dict[str, Unpacked]()
+    for name in dict.fromkeys(aliases.get(name, name) for name in result.plan.masks):
+        weight = state[name]
+        module = result.model.get_submodule(name.rpartition(".")[0])
+        groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
+        found = disk.packed(weight, pattern, groups)
+        if found is not None:
+            small[name] = found
+            was[name] = Unpacked(tuple(weight.shape), str(weight.dtype).removeprefix("torch."), groups)
+    return small, was
+
+
+def _for_engine(folder: Path, saved: About, dense: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The packed weights that layers can run on, each checked to its last index."""
+    if why := kernels.why_missing():
+        raise TargetError(why)
+    from secateur.runtime.attach import product_of
+
+    found = {}
+    for name, of in saved.packed.items():
+        product = product_of(dense, name) if saved.form == "module" else None
+        if product is not None and product.groups == of.groups:
+            _require(folder, name, product.weight, (of.shape, getattr(torch, of.dtype)))
+            with _naming(folder, name, state):
+                found[name] = disk.runnable(state[name], of)
+    if not found:
+        raise TargetError(
+            f"{folder} holds no packed weight of a layer that the engine can run; save it with packed=True, or let "
+            "lower(model, inputs) pack what it can"
+        )
+    return found
+
+
+def _unpacked(folder: Path, name: str, state: Mapping[str, Tensor], saved: About) -> Tensor:
+    """The tensor, expanded where it is packed."""
+    if name not in saved.packed:
+        return state[name]
+    with _naming(folder, name, state):
+        return disk.unpacked(state[name], saved.packed[name])
+
+
+@contextlib.contextmanager
+def _naming(folder: Path, name: str, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Errors of a packed weight say which one and where it is."""
+    if name not in state:
+        raise DataError(f"{folder / MODEL} packs {name!r}, which {WEIGHTS} does not hold")
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{folder / WEIGHTS}: {name}: {error}") from error
 
 
 def _dense(folder: Path, saved: About) -> nn.Module:
@@ -175,7 +291,8 @@ def _about(folder: Path) -> About:
         about["aliases"],
         _attributes(about.get("attributes", {}), folder / MODEL),
         _taken(about.get("taken", {}), folder / MODEL),
-        _unpack(about["inputs"], _read(folder / INPUTS), folder / MODEL),
+        _unpack(about["inputs"], disk.read(folder / INPUTS), folder / MODEL),
+        _was(about.get("packed", {}), folder / MODEL),
     )
 
 
@@ -195,17 +312,17 @@ def _attributes(found: Any, path: Path) -> Changes:
         raise DataError(f"{path}: attributes are damaged ({error}); the file is not of save()") from error
 
 
+def _was(found: Any, path: Path) -> dict[str, Unpacked]:
+    try:
+        return {name: Unpacked.from_json(of) for name, of in found.items()}
+    except (AttributeError, DataError) as error:
+        raise DataError(f"{path}: 'packed' is damaged ({error}); the file is not of save()") from error
+
+
 def _taken(found: Any, path: Path) -> Taken:
     if not isinstance(found, dict) or not all(type(n) is int and n >= DELETED for n in found.values()):
         raise DataError(f"{path}: expected 'taken' to give a number for each block, found {found!r}")
     return found
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} is missing or no whole safetensors file: {error}") from error
 
 
 def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -106,33 +106,22 @@ def expand(packed: Tensor, groups: int = 1) -> Tensor:
     Raises DataError where its bytes are damaged, it has weights outside its groups, or there is no memory for it.
     """
     header = read_header(packed)
-    if groups < 1 or header.rows % groups or header.cols % groups:
-        raise DataError(f"a packed weight of {header.rows} x {header.cols} has no {groups} groups of equal size")
-    each, inputs, height = header.rows // groups, header.cols // groups, header.format.height
     try:
-        dense = torch.zeros(header.rows, inputs)
+        dense = torch.zeros(header.rows, header.cols // max(groups, 1))
     except RuntimeError as error:
-        raise DataError(f"there is no memory for a weight of {header.rows} x {inputs}") from error
-    for block_rows, columns, values in _entries(packed, header):
-        for offset in range(height):
-            row, value, column = block_rows * height + offset, values[:, offset], columns
-            if height > 1:
-                inside = row < header.rows
-                row, value, column = row[inside], value[inside], column[inside]
-            if groups > 1:
-                column = column - row // each * inputs
-                inside = (column >= 0) & (column < inputs)
-                if (value[~inside] != 0).any():
-                    raise DataError(f"a packed weight of {groups} groups has a weight from an output to another group")
-                row, value, column = row[inside], value[inside], column[inside]
-            dense[torch.from_numpy(row), torch.from_numpy(column)] = value
+        raise DataError(f"there is no memory for a weight of {header.rows} x {header.cols // groups}") from error
+    for row, column, value in _weights(packed, header, groups):
+        dense[torch.from_numpy(row), torch.from_numpy(column)] = value
     return dense
 
 
-def check(packed: Tensor) -> Header:
-    """Its header. Raises DataError, as the engine would, where it is damaged anywhere but in its values."""
+def check(packed: Tensor, groups: int = 1) -> Header:
+    """Its header. Raises DataError, as the engine would, where it is damaged anywhere but in its values.
+
+    Besides, where it has weights outside its groups: the engine would multiply them.
+    """
     header = read_header(packed)
-    for _ in _entries(packed, header):
+    for _ in _weights(packed, header, groups):
         pass
     return header
 
@@ -248,6 +237,26 @@ def _joined(
 
 
 # --- reading -----------------------------------------------------------------------------------------
+
+
+def _weights(packed: Tensor, header: Header, groups: int) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:
+    """Row, column in its group, and value of every stored weight, some at a time."""
+    if groups < 1 or header.rows % groups or header.cols % groups:
+        raise DataError(f"a packed weight of {header.rows} x {header.cols} has no {groups} groups of equal size")
+    each, inputs, height = header.rows // groups, header.cols // groups, header.format.height
+    for block_rows, columns, values in _entries(packed, header):
+        for offset in range(height):
+            row, value, column = block_rows * height + offset, values[:, offset], columns
+            if height > 1:
+                inside = row < header.rows
+                row, value, column = row[inside], value[inside], column[inside]
+            if groups > 1:
+                column = column - row // each * inputs
+                inside = (column >= 0) & (column < inputs)
+                if (value[~inside] != 0).any():
+                    raise DataError(f"a packed weight of {groups} groups has a weight from an output to another group")
+                row, value, column = row[inside], value[inside], column[inside]
+            yield row, column, value
 
 
 def _entries(packed: Tensor, header: Header) -> Iterator[tuple[np.ndarray, np.ndarray, Tensor]]:

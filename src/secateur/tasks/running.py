@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -28,8 +28,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def clone(model: nn.Module) -> nn.Module:
-    """A deep copy. Torch's own warning about copying captured programs (2.13) is kept from the user.
+def clone(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy but for ``shared``. Torch's own warning about copying captured programs (2.13) is kept from the user.
 
     What modules keep of their last computation (``weight`` under weight_norm's hooks) is copied by value.
     """
@@ -37,7 +37,7 @@ def clone(model: nn.Module) -> nn.Module:
     computed = {id(v): v.detach().clone() for v in held if isinstance(v, Tensor) and not v.is_leaf}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        return copy.deepcopy(model, computed)
+        return copy.deepcopy(model, {**computed, **{id(tensor): tensor for tensor in shared}})
 
 
 SEVERAL = (nn.DataParallel, nn.parallel.DistributedDataParallel)

@@ -1,0 +1,487 @@
+"""A packed directory: the same model in fewer bytes, mapped into the engine, and nothing damaged gets through."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from nets import build
+from secateur import api, store
+from secateur.cli import app
+from secateur.errors import DataError, PruneError, SpecError, TargetError
+from secateur.patterns import Block, parse
+from secateur.runtime import disk, kernels
+from secateur.runtime.formats import check, expand, pack, read_header
+
+engine = pytest.mark.skipif(bool(kernels.why_missing()), reason=kernels.why_missing())
+
+
+def mlp() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 384), nn.ReLU(), nn.Linear(384, 256)).eval(), torch.randn(4, 256)
+
+
+def saved(folder: Path, net: str = "", pattern: str = "unstructured", budget: str | None = "sparsity=90%"):
+    model, inputs = build(net) if net else mlp()
+    result = api.prune(model, inputs, pattern=pattern, budget=budget)
+    store.save(result, folder / "out", packed=True)
+    return model, inputs, result, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.report.log.SECONDS", 0.02)
+        return saved(tmp_path_factory.mktemp("packed"))[-1]
+
+
+@pytest.fixture
+def folder(once: Path, tmp_path: Path) -> Path:
+    """A packed directory to damage; ``mlp()`` is its model."""
+    return Path(shutil.copytree(once, tmp_path / "out"))
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    one, two = model.state_dict(), other.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def rewrite(folder: Path, name: str, tensor: Tensor | None) -> None:
+    """The weights with one of them changed, as another tool would write them."""
+    state = load_file(folder / store.WEIGHTS)
+    state = {n: t.clone() for n, t in state.items() if n != name} | ({} if tensor is None else {name: tensor})
+    save_file(state, folder / store.WEIGHTS)
+
+
+def retell(folder: Path, **changes: object) -> None:
+    about = json.loads((folder / store.MODEL).read_text())
+    (folder / store.MODEL).write_text(json.dumps(about | changes))
+
+
+# --- what comes back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net", ["", "plain", "plain_1d", "grouped", "depthwise", "transposed", "tied_linear"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x1"])
+def test_save_and_load_is_identity(net: str, pattern: str, tmp_path: Path) -> None:
+    _, inputs, result, folder = saved(tmp_path, net, pattern, "sparsity=80%")
+    assert json.loads((folder / store.MODEL).read_text())["packed"]
+    loaded = store.load(folder, build(net, seed=9)[0] if net else mlp()[0])
+    assert same(loaded, result.model)
+    assert torch.equal(loaded(inputs), result.model.eval()(inputs))
+
+
+@pytest.mark.parametrize(("pattern", "most"), [("unstructured", 0.128), ("block:4x1", 0.118), ("block:16x1", 0.114)])
+def test_nine_of_ten_weights_gone_take_the_bytes_promised(pattern: str, most: float, tmp_path: Path) -> None:
+    model, _, _, folder = saved(tmp_path, "", pattern)
+    dense = sum(p.nbytes for p in model.parameters())
+    assert (folder / store.WEIGHTS).stat().st_size < most * dense
+
+
+@pytest.mark.parametrize(
+    ("pattern", "density", "format"),
+    [
+        *(("unstructured", 0.08, "csr"), ("unstructured", 0.3, "bitmask"), ("block:1x4", 0.08, "csr")),
+        *(
+            ("block:4x1", 0.08, "4x1"),
+            ("block:4x1", 0.6, "4x1"),
+            ("block:8x1", 0.1, "4x1"),
+            ("block:32x2", 0.1, "16x1"),
+        ),
+        *(("unstructured", 0.99, ""), ("block:16x1", 1.0, "")),
+    ],
+)
+def test_a_weight_takes_the_form_of_its_pattern_or_of_the_fewest_bytes(
+    pattern: str, density: float, format: str
+) -> None:
+    shape = parse(pattern)
+    rows, cols = (shape.rows, shape.cols) if isinstance(shape, Block) else (1, 1)
+    kept = torch.rand(256 // rows, 256 // cols) < density
+    weight = torch.randn(256, 256) * kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)
+    packed = disk.packed(weight, shape)
+    assert ("" if packed is None else str(read_header(packed).format)) == format
+
+
+def test_half_the_weights_take_a_mask_and_few_zeros_nothing(tmp_path: Path) -> None:
+    *_, folder = saved(tmp_path, pattern="2:4", budget=None)
+    assert str(read_header(load_file(folder / store.WEIGHTS)["0.weight"]).format) == "bitmask"
+    *_, folder = saved(tmp_path / "few", budget="sparsity=1%")
+    assert json.loads((folder / store.MODEL).read_text())["packed"] == {}
+    assert load_file(folder / store.WEIGHTS)["0.weight"].shape == (384, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = mlp()
+    model, inputs = model.to(dtype), inputs.to(dtype)
+    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=90%")
+    store.save(result, tmp_path, packed=True)
+    values = {read_header(load_file(tmp_path / store.WEIGHTS)[f"{i}.weight"]).format.values for i in (0, 2)}
+    assert values == {"bfloat16" if dtype == torch.bfloat16 else "float32"}
+    assert same(store.load(tmp_path, model), result.model)
+
+
+def test_doubles_stay_as_they_are(tmp_path: Path) -> None:
+    model, inputs = mlp()
+    result = api.prune(model.double(), inputs.double(), pattern="unstructured", budget="sparsity=90%")
+    store.save(result, tmp_path, packed=True)
+    assert load_file(tmp_path / store.WEIGHTS)["0.weight"].dtype == torch.float64
+    assert same(store.load(tmp_path, model), result.model)
+
+
+def test_values_that_bfloat16_holds_are_stored_as_such() -> None:
+    weight = (torch.randn(64, 64) * (torch.rand(64, 64) < 0.1)).bfloat16().float()
+    packed = disk.packed(weight, parse("unstructured"))
+    assert str(read_header(packed).format) == "csr bfloat16"
+    assert torch.equal(disk.unpacked(packed, disk.Unpacked((64, 64), "float32")), weight)
+    assert str(read_header(disk.packed(weight + 1e-3 * (weight != 0), parse("unstructured"))).format) == "csr"
+
+
+def test_odd_values_come_back_but_for_the_smallest(tmp_path: Path) -> None:
+    model, _, result, folder = saved(tmp_path)
+    with torch.no_grad():
+        odd = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e-40, -1e-40, 1e-37])
+        result.model.get_parameter("0.weight")[5, :7] = odd
+    store.save(result, folder, packed=True)
+    found = store.load(folder, model).get_parameter("0.weight")[5, :7]
+    expected = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 0.0, 0.0, 1e-37])
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+def test_packed_weights_begin_at_multiples_of_64_bytes(tmp_path: Path) -> None:
+    *_, folder = saved(tmp_path, "plain")
+    raw = (folder / store.WEIGHTS).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    packed = json.loads((folder / store.MODEL).read_text())["packed"]
+    for name in packed:
+        begin, end = entries[name]["data_offsets"]
+        assert (8 + length + begin) % 64 == 0
+        check(torch.frombuffer(bytearray(raw[8 + length + begin : 8 + length + end]), dtype=torch.uint8))
+
+
+def test_plans_that_remove_units_have_nothing_to_pack(tmp_path: Path) -> None:
+    model, inputs = build("plain")
+    result = api.prune(model, inputs, budget="params=60%")
+    with pytest.raises(SpecError, match="the pattern 'channel' removes units"):
+        store.save(result, tmp_path / "out", packed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))\n"
+    )
+    (tmp_path / "wide.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    words = ["prune", "wide.py:net", "--input", "1x64", "--budget", "sparsity=90%", "--out", "out", "--packed"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "removes units" in refused.stderr
+    assert not Path("out").exists()
+    done = CliRunner().invoke(app, [*words, "--pattern", "unstructured", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(Path("out/model.json").read_text())["packed"].keys() == {"0.weight", "2.weight"}
+    assert CliRunner().invoke(app, ["bench", "out", "--against", "wide.py:net", "--seconds", "0.1"]).exit_code == 0
+
+
+# --- the engine --------------------------------------------------------------------------------------
+
+
+@engine
+@pytest.mark.parametrize("net", ["", "plain", "plain_1d", "grouped", "depthwise", "shared_module"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x1"])
+def test_the_engine_gives_what_the_model_gives(net: str, pattern: str, tmp_path: Path) -> None:
+    model, inputs, result, folder = saved(tmp_path, net, pattern, "sparsity=80%")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loaded = store.load(folder, model, target="cpu-sparse")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), result.model.eval()(inputs), rtol=1e-4, atol=1e-5)
+    assert any(type(module).__name__.startswith("Sparse") for module in loaded.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(type(module).__name__.startswith("Sparse") for module in model.modules())
+
+
+@engine
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_layers_of_encoders_keep_away_from_the_fused_operator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model, inputs = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 64)
+    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=80%")
+    store.save(result, tmp_path, packed=True)
+    loaded = store.load(tmp_path, model, target="cpu-sparse")
+    masked = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        for given in ({}, {"src_key_padding_mask": masked}):
+            found, expected = loaded(inputs, **given), result.model.eval()(inputs, **given)
+            torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-4, atol=1e-5)
+    kinds = {name: type(module).__name__ for name, module in loaded.named_modules()}
+    assert kinds["layers.1.linear1"] == "SparseLinear"
+    assert kinds["layers.1.self_attn.out_proj"] == "NonDynamicallyQuantizableLinear"
+
+
+@engine
+def test_weights_that_others_see_are_expanded(tmp_path: Path) -> None:
+    model, inputs, result, folder = saved(tmp_path, "tied_linear", budget="sparsity=90%")
+    loaded = store.load(folder, model, target="cpu-sparse")
+    assert loaded.head.weight is loaded.emb.weight
+    torch.testing.assert_close(loaded(inputs), result.model.eval()(inputs))
+
+
+MAPPED = """
+import sys, torch
+from torch import nn
+from secateur import store
+
+def resident(kind):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(kind))
+
+folder, target = sys.argv[1:]
+model = nn.Sequential(nn.Linear(4096, 4096, bias=False, device="meta")).eval()
+model.to_empty(device="cpu")
+store.load  # everything is imported
+import secateur.runtime.attach
+before = resident("RssAnon")
+loaded = store.load(folder, model, target=target)
+print(resident("RssAnon") - before)
+if target:
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            if start <= loaded[0].packed.data_ptr() < end:
+                print(line.split()[-1])
+    torch.manual_seed(0)
+    print(loaded(torch.ones(1, 4096)).sum().item())
+"""
+
+
+@engine
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here that tells what is mapped")
+def test_packed_weights_are_mapped_and_not_expanded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
+    result = api.prune(model, torch.zeros(1, 4096), pattern="unstructured", budget="sparsity=80%")
+    store.save(result, tmp_path, packed=True)
+
+    def run(target: str) -> list[str]:
+        words = [sys.executable, "-c", MAPPED, str(tmp_path), target]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+
+    grown, where, total = run("cpu-sparse")
+    assert Path(where).samefile(tmp_path / store.WEIGHTS)
+    assert int(grown) < 24_000  # kB; dense it has 65,536, packed about 16,800, and plan and masks are read too
+    assert int(run("")[0]) > 65_000
+    with torch.no_grad():
+        assert float(total) == pytest.approx(float(result.model(torch.ones(1, 4096)).sum()), rel=1e-3, abs=1e-2)
+
+
+@engine
+def test_files_that_another_tool_wrote_out_of_line_are_copied(tmp_path: Path) -> None:
+    model, inputs, result, folder = saved(tmp_path)
+    rewrite(folder, "", None)
+    loaded = store.load(folder, model, target="cpu-sparse")
+    assert loaded[0].packed.data_ptr() % 64 == 0
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), result.model(inputs), rtol=1e-4, atol=1e-5)
+
+
+@engine
+def test_targets_that_have_nothing_to_run(tmp_path: Path) -> None:
+    model, inputs = mlp()
+    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=90%")
+    store.save(result, tmp_path)
+    with pytest.raises(TargetError, match="holds no packed weight"):
+        store.load(tmp_path, model, target="cpu-sparse")
+    with pytest.raises(SpecError, match="target 'tpu' is unknown"):
+        store.load(tmp_path, model, target="tpu")
+
+
+def test_without_the_engine_a_target_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, result, folder = saved(tmp_path)
+    monkeypatch.setattr(kernels, "why_missing", lambda: "the sparse engine was not built")
+    with pytest.raises(TargetError, match="was not built"):
+        store.load(folder, model, target="cpu-sparse")
+    assert same(store.load(folder, model), result.model)
+
+
+# --- damage ------------------------------------------------------------------------------------------
+
+TARGETS = ["", *(["cpu-sparse"] if not kernels.why_missing() else [])]
+IS = {"shape": [384, 256], "dtype": "float32", "groups": 1}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        ({"0.weight": IS | {"shape": [256, 384]}}, "expected 0.weight of torch.float32 .384, 256., found"),
+        ({"0.weight": IS | {"dtype": "bfloat16"}}, "expected 0.weight of torch.float32"),
+        ({"0.weight": IS | {"groups": 2}}, "0.weight: expected a packed weight of shape .384, 256. in 2 groups, found"),
+        ({"0.weight": IS, "5.weight": IS}, "holds '5.weight', which the model does not have"),
+        ({"0.weight": IS, "0.bias": IS | {"shape": [384, 1]}}, "expected 0.bias"),
+        ({"0.weight": IS | {"shape": [2**70, 2**70]}}, "expected 0.weight of torch.float32"),
+        ({"0.weight": IS | {"shape": [-1, 256]}}, "'packed' is damaged"),
+        ({"0.weight": IS | {"dtype": "int8"}}, "'packed' is damaged"),
+        ({"0.weight": IS | {"more": 1}}, "'packed' is damaged"),
+        ({"0.weight": IS | {"groups": True}}, "'packed' is damaged"),
+        (["0.weight"], "'packed' is damaged"),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_refused(packed: object, message: str, target: str, folder: Path) -> None:
+    if isinstance(packed, dict):
+        packed = {"2.weight": IS | {"shape": [256, 384]}} | packed
+    retell(folder, packed=packed)
+    with pytest.raises(PruneError, match=message) as caught:
+        store.load(folder, mlp()[0], target=target)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(384, 256), "0.weight: a packed weight is a flat uint8 tensor"),
+        (torch.zeros(640, dtype=torch.uint8), "0.weight: no packed weight of version 1"),
+        (pack(torch.zeros(256, 384), disk.Format("blocks")), "found one of 256 x 384"),
+        (pack(torch.zeros(384, 256), disk.Format("blocks"))[:-64], "should have 1728 bytes by its header, found 1664"),
+        (None, "0.weight"),
+    ],
+)
+def test_tensors_that_are_no_such_packed_weight_are_refused(
+    tensor: Tensor | None, message: str, target: str, folder: Path
+) -> None:
+    rewrite(folder, "0.weight", tensor)
+    with pytest.raises(PruneError, match=message) as caught:
+        store.load(folder, mlp()[0], target=target)
+    assert store.WEIGHTS in str(caught.value)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_huge_declared_weight_is_refused_before_anything_is_allocated(target: str, folder: Path) -> None:
+    huge = pack(torch.zeros(1, 1), disk.Format("blocks")).clone()
+    huge[20:24] = 255  # columns
+    rewrite(folder, "0.weight", huge)
+    with pytest.raises(DataError, match="found one of 1 x 4294967295"):
+        store.load(folder, mlp()[0], target=target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_weights_from_one_group_to_another_are_refused(target: str, tmp_path: Path) -> None:
+    model, _, _, folder = saved(tmp_path, "grouped", budget="sparsity=50%")
+    about = json.loads((folder / store.MODEL).read_text())["packed"]
+    name, of = next((name, of) for name, of in about.items() if of["groups"] > 1)
+    whole = torch.zeros(of["shape"][0], of["groups"] * of["shape"][1] * 9)
+    whole[0, -1] = 1
+    rewrite(folder, name, pack(whole, disk.Format("blocks")))
+    with pytest.raises(DataError, match=f"{name}: a packed weight of .* from an output to another group"):
+        store.load(folder, model, target=target)
+
+
+@pytest.mark.parametrize("file", [store.WEIGHTS, store.INPUTS])
+def test_a_tensor_that_comes_twice_is_refused(file: str, folder: Path) -> None:
+    raw = (folder / file).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = raw[8 : 8 + length].rstrip()
+    twice = entries[:-1] + b"," + entries[1:]
+    (folder / file).write_bytes(len(twice).to_bytes(8, "little") + twice + raw[8 + length :])
+    with pytest.raises(DataError, match="is there twice"):
+        store.load(folder, mlp()[0])
+
+
+def test_a_key_that_comes_twice_is_refused(folder: Path) -> None:
+    text = (folder / store.MODEL).read_text()
+    (folder / store.MODEL).write_text(text[:-1] + ', "packed": {}}')
+    with pytest.raises(DataError, match="'packed' is there twice"):
+        store.load(folder, mlp()[0])
+
+
+def test_ties_of_packed_weights_are_checked(folder: Path) -> None:
+    retell(folder, aliases={"0.weight": "2.weight"})
+    with pytest.raises(DataError, match=r"ties '0\.weight' to '2\.weight'"):
+        store.load(folder, mlp()[0])
+
+
+# --- many kinds of damage ----------------------------------------------------------------------------
+
+FILES = [store.WEIGHTS, store.WEIGHTS, store.WEIGHTS, store.MODEL, "plan.json", "plan.safetensors", store.INPUTS]
+
+
+def mutated(raw: bytes, draw: random.Random) -> bytes:
+    found = bytearray(raw)
+    at = draw.randrange(len(found))
+    match draw.randrange(7):
+        case 0:
+            return bytes(found[:at])
+        case 1:
+            return bytes(found[:at] + found[at + draw.choice((1, 8, 64)) :])
+        case 2:
+            return bytes(found[:at] + draw.randbytes(draw.choice((1, 8, 64))) + found[at:])
+        case 3:
+            where = at // 4 * 4
+            return bytes(
+                found[:where] + struct.pack("<I", draw.choice((0, 1, 64, 2**31, 2**32 - 1))) + found[where + 4 :]
+            )
+        case 4:
+            return bytes(found[:8] + draw.randbytes(1) + found[9:])
+        case _:
+            for _ in range(draw.choice((1, 1, 4))):
+                at = draw.randrange(min(len(found), draw.choice((512, 2048, len(found)))))
+                found[at] = draw.choice((0, 48, 57, 255, found[at] ^ (1 << draw.randrange(8))))
+            return bytes(found)
+
+
+def fuzz(folder: Path, cases: int, seed: int) -> None:
+    model, inputs, result, out = saved(folder, "grouped", budget="sparsity=60%")
+    shapes = {name: (value.shape, value.dtype) for name, value in result.model.state_dict().items()}
+    draw, loaded = random.Random(seed), 0
+    for case in range(cases):
+        path = out / draw.choice(FILES)
+        whole = path.read_bytes()
+        path.write_bytes(mutated(whole, draw))
+        try:
+            found = store.load(out, model)
+            loaded += 1
+            assert {n: (v.shape, v.dtype) for n, v in found.state_dict().items()} == shapes, (seed, case)
+            if len(TARGETS) > 1:
+                with torch.no_grad():
+                    assert store.load(out, model, target="cpu-sparse")(inputs).shape == result.model(inputs).shape
+        except PruneError:
+            pass
+        finally:
+            path.write_bytes(whole)
+    assert 0 < loaded < cases
+
+
+def test_a_mutated_directory_gives_a_model_of_that_form_or_an_error_of_ours(tmp_path: Path) -> None:
+    fuzz(tmp_path, 300, 0)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(1, 11))
+def test_mutated_directories_many(seed: int, tmp_path: Path) -> None:
+    fuzz(tmp_path, 1000, seed)
+
+
+def test_expanding_by_the_page_alone() -> None:
+    """The reader that docs/format.md prints."""
+    page = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    weight = torch.randn(18, 300) * (torch.rand(18, 300) < 0.1)
+    for form in (disk.Format("blocks"), disk.Format("blocks", 4), disk.Format("blocks", 16), disk.Format("bitmask")):
+        packed = pack(weight, form)
+        assert torch.equal(torch.from_numpy(scope["dense"](packed.numpy())), weight)  # type: ignore[operator]
+        assert torch.equal(expand(packed), weight)

@@ -45,8 +45,8 @@ class Curve:
     """What a pattern gains in one layer.
 
     gains: by sparsity how many times faster than dense, the median over paired rounds and its 10th and 90th percentile.
-    forms: by sparsity the engine's form that is fastest. wins: the least sparsity at which the pattern is faster by MARGIN,
-    between those timed by interpolation; the least timed one where it wins there already, None where it never does.
+    forms: by sparsity the engine's form that is fastest. wins: the least sparsity at which it is faster by MARGIN, by
+    interpolation between those timed; the least timed one where it wins there already, None where it never does.
     """
 
     layer: str

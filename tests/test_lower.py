@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import secateur as sc
+from secateur.cli import app
 from secateur.errors import SpecError, TargetError, TraceError
 from secateur.measure import Latency
 from secateur.runtime import kernels, tune
@@ -325,3 +328,20 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(TargetError, match=r"none.so cannot be loaded"):
         sc.lower(model, x)
     kernels._library.cache_clear()
+
+
+def test_the_command_line_says_what_a_target_gains(tmp_path: Path) -> None:
+    result = sc.prune(
+        nn.Sequential(nn.Linear(16, 32)), torch.randn(2, 16), pattern="unstructured", budget="sparsity=75%"
+    )
+    sc.save(result, tmp_path / "pruned")
+    (tmp_path / "made.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Linear(16, 32))\n")
+    command = ["bench", str(tmp_path / "pruned"), "--against", f"{tmp_path / 'made.py'}:make", "--seconds", "0.1"]
+    shown = CliRunner().invoke(app, [*command, "--target", "cpu-sparse", "--json"])
+    assert shown.exit_code == 0, shown.output
+    notes = json.loads(shown.stdout)["notes"]
+    assert any("as fast" in note or "slower" in note for note in notes)
+    assert any(note.startswith("0: ") for note in notes)
+    wrong = CliRunner().invoke(app, [*command, "--target", "tpu"])
+    assert wrong.exit_code == 2
+    assert "target 'tpu' is unknown" in wrong.stderr

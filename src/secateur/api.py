@@ -26,6 +26,7 @@ from secateur.recover import Recovery
 from secateur.report import Point
 from secateur.report.log import Log
 from secateur.road import Arrived, Trip, checkpoint, least_part, of_part, require_possible, walk, whole
+from secateur.runtime.lowering import Lowering
 from secateur.store import Result
 from secateur.targets import cpu_sparse, cuda_24
 from secateur.targets.onnx import export_onnx
@@ -180,8 +181,8 @@ def lower(model: nn.Module | Result, inputs: Any = None, *, target: str = "cpu-s
     "cpu-sparse", the sparse engine for CPUs; "cuda-2:4", the sparse tensor cores of NVIDIA's GPUs. wishes: the keyword
     arguments of ``secateur.targets.cpu_sparse.lower`` or ``secateur.targets.cuda_24.lower_24``.
 
-    The attribute ``lowering`` of what is returned says what was chosen for each layer, and why. Raises SpecError for
-    another target or missing inputs, TargetError where the target cannot be used here.
+    The attribute ``lowering`` of what is returned, a ``Lowering``, says what was chosen for each layer, and why. Raises
+    SpecError for another target or missing inputs, TargetError where the target cannot be used here.
     """
     if target not in ("cpu-sparse", "cuda-2:4"):
         raise SpecError(f"target {target!r} is unknown; expected 'cpu-sparse' or 'cuda-2:4'")
@@ -191,7 +192,8 @@ def lower(model: nn.Module | Result, inputs: Any = None, *, target: str = "cpu-s
         raise SpecError("lower needs example inputs, because layers are tuned for their shapes: lower(model, inputs)")
     if target == "cuda-2:4":
         lowered, choices = cuda_24.lower_24(model, inputs, **wishes)
-        lowered.lowering = choices  # type: ignore[assignment]
+        form = "module" if any(choice.form != "dense" for choice in choices) else "dense"
+        lowered.lowering = Lowering(form, choices)  # type: ignore[assignment]
         return lowered
     return cpu_sparse.lower(model, inputs, **wishes)
 

@@ -202,26 +202,26 @@ def prune(
         require_masks(pattern)
     recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
     recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
+    choice: dict[str, Any] = {
+        "pattern": pattern,
+        "budget": budget,
+        "criterion": criterion,
+        "allocate": allocate,
+        "seed": seed,
+    }
+    training: dict[str, Any] = {"reconstruct": reconstruct, "rounds": rounds, "epochs": epochs, "lr": lr, "amp": amp}
     net, example, task = _load(model, dense, input, data)
     result = sc.prune(
         net,
         sc.analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ()),
-        pattern=pattern,
-        budget=budget,
-        criterion=criterion,
-        allocate=allocate,
+        **choice,
         task=task,
         ignore=tuple(ignore or ()),
         overrides=dict(map(_part, override or ())),
         minimum=dict(map(_least, minimum)) if minimum else 1,
-        reconstruct=reconstruct,
-        rounds=rounds,
-        epochs=epochs,
-        lr=lr,
-        amp=amp,
+        **training,
         recovery=recovery,
         verify=verify,
-        seed=seed,
         source=model,
     )
     sc.save(result, out, packed)
@@ -239,6 +239,10 @@ def bench(
     ] = None,
     input: Input = None,
     data: Data = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="TARGET", help="Also lower it, to cpu-sparse or cuda-2:4: the gain, layer by layer."),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="How long to time: 5, without a model 30.")] = None,
     linear: Annotated[str, typer.Option(metavar="OUTxIN", help="Without a model: the linear layer.")] = "3072x768",
     conv: Annotated[
@@ -250,10 +254,12 @@ def bench(
 
     Without a model: from which sparsity on each pattern pays on this machine, and how much.
     """
+    import secateur as sc
     from secateur import recipe
     from secateur.graph.trace import run
     from secateur.report import Report
     from secateur.report.compare import compared
+    from secateur.runtime.lowering import lowering_of
 
     if model is None:
         from secateur.report.terminal import show_crossover
@@ -268,8 +274,9 @@ def bench(
         models = {against: recipe.load_model(against), model: net}
     for each in models.values():
         run(each, example)  # one that fails on the inputs is named as such
+    told = lowering_of(sc.lower(net, example, target=target)).told() if target is not None else ()
     rows, notes = compared(models, example, task, seconds or 5.0)
-    _show(Report(f"Measured: {model}", rows, notes=notes), as_json, None)
+    _show(Report(f"Measured: {model}", rows, notes=(*notes, *told)), as_json, None)
 
 
 @app.command()

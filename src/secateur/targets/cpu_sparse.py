@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from secateur.errors import SpecError, TargetError, TraceError
 from secateur.graph.program import flat_inputs
 from secateur.graph.trace import capture
 from secateur.graph.types import example_args
-from secateur.measure import Latency, latency
+from secateur.measure import latency
 from secateur.progress import track
 from secateur.runtime import kernels, tune
+from secateur.runtime.attach import replace_
 from secateur.runtime.formats import VALUES
+from secateur.runtime.lowering import Lowering
 from secateur.runtime.product import DenseLayer, of_module
 from secateur.runtime.tune import Choice
-from secateur.targets.fusion import find
+from secateur.targets.fusion import find, share_
 from secateur.tasks import call, clone, plain
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 0.2}
@@ -33,27 +35,8 @@ CACHES = 2**24
 NOISE = 1.02
 """A lowered model may need this part of the dense time; what is slower than that is given up."""
 
-
-@dataclass(frozen=True)
-class Lowering:
-    """What ``lower`` did: a choice for every layer, and the time of one call of both models, taken in turns.
-
-    ``form``: "program" where the model was captured and what follows layers was fused into them; "module" where layers
-    of the user's class were replaced; "dense" where nothing was faster. ``gap``: the largest difference of outputs,
-    relative to the largest output.
-    """
-
-    form: str
-    choices: tuple[Choice, ...]
-    dense: Latency
-    lowered: Latency
-    gap: float
-    note: str = ""
-
-    @property
-    def gain(self) -> float:
-        """How many times faster than dense: the median over paired rounds."""
-        return 1 / self.lowered.ratio(self.dense).value
+SECONDS = 1.0
+"""How long both models are timed at the end."""
 
 
 def lower(model: nn.Module, inputs: Any, values: str = "float32", form: str = "") -> nn.Module:
@@ -73,7 +56,9 @@ def lower(model: nn.Module, inputs: Any, values: str = "float32", form: str = ""
         raise SpecError(f"values={values!r}, form={form!r}: expected values of {list(VALUES)}, form program or module")
     if why := kernels.why_missing():
         raise TargetError(why)
-    dense = clone(plain(model)).eval().requires_grad_(False)
+    dense = clone(plain(model)).requires_grad_(False)
+    with contextlib.suppress(NotImplementedError):  # an exported program keeps the mode it was captured in
+        dense.eval()
     _require_cpu(dense)
     with torch.no_grad():
         form, lowered, choices = _lowered(dense, inputs, values, form)
@@ -83,11 +68,11 @@ def lower(model: nn.Module, inputs: Any, values: str = "float32", form: str = ""
             f"the lowered model differs from the dense one by {gap:.2g} (relative) on the inputs, expected at most "
             f"{TOLERANCES[values]:g} for {values} values; this is a defect of Secateur where values are float32"
         )
-    times = latency({"dense": dense, "lowered": lowered}, inputs)
+    times = latency({"dense": dense, "lowered": lowered}, inputs, SECONDS)
     done = Lowering(form, choices, times["dense"], times["lowered"], gap)
     if times["lowered"].ratio(times["dense"]).value > NOISE:
         note = f"the lowered model was slower ({done.gain:.2f}x), so this is the dense one"
-        lowered, done = dense, Lowering("dense", choices, times["dense"], times["dense"], 0.0, note)
+        lowered, done = dense, Lowering("dense", choices, note=note)
     lowered.lowering = done  # type: ignore[assignment]
     return lowered
 
@@ -123,6 +108,7 @@ def _program(module: fx.GraphModule, inputs: Any, values: str, cold: bool) -> tu
         found.last.replace_all_uses_with(new[found.last])
         for node in reversed(found.nodes):
             module.graph.erase_node(node)
+    share_(module)
     module.graph.eliminate_dead_code()
     guard_(module, module.graph)
     module.graph.lint()
@@ -143,16 +129,8 @@ def _modules(dense: nn.Module, inputs: Any, values: str, cold: bool) -> tuple[nn
         choice, format = tune.choose(product, values, cold)
         choices.append(choice)
         if format is not None:
-            _replace(lowered, module, product.sparse(format))
+            replace_(lowered, module, product.sparse(format))
     return lowered, tuple(choices)
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is held; a module may be shared."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
 
 
 class _Shapes(fx.Interpreter):

@@ -138,10 +138,25 @@ class Attention(nn.Module):
         return F.silu(self.gate(x)).sum(-1, keepdim=True) * y
 
 
+class Transposed(nn.Module):
+    """A linear layer as GPT-2 writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 24))
+        self.bias = nn.Parameter(torch.randn(24))
+        self.layer = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, 16), self.weight)
+        return self.layer(F.gelu(y, approximate="tanh"))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
     "residual": (Residual, lambda n: torch.randn(n, 3, 13, 11)),
     "overwritten": (Overwritten, lambda n: torch.randn(n, 5, 16)),
     "attention": (Attention, lambda n: torch.randn(n, 5, 16)),
+    "transposed": (Transposed, lambda n: torch.randn(n, 3, 16)),
     "twice": (Twice, lambda n: torch.randn(n, 16)),
     "texts": (Texts, lambda n: {"words": torch.randint(0, 50, (n, 9))}),
 }

@@ -134,18 +134,17 @@ def _modules(dense: nn.Module, inputs: Any, values: str, cold: bool) -> tuple[nn
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a program and keeps the shape of every operator's first input."""
+    """Runs a program and keeps the shape of every tensor in it."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.found: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op == "call_function" and n.args and isinstance(n.args[0], fx.Node):
-            value = self.env[n.args[0]]
-            if isinstance(value, Tensor):
-                self.found[n] = tuple(value.shape)
-        return super().run_node(n)
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n] = tuple(value.shape)
+        return value
 
 
 def _input_shapes(model: nn.Module, inputs: Any) -> dict[nn.Module, tuple[int, ...]]:

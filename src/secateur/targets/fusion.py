@@ -49,11 +49,11 @@ class Found:
 
 
 def find(module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> list[Found]:
-    """Every layer with constant weights, in order. ``shapes``: of the first input of every node that was run."""
+    """Every layer with constant weights, in order. ``shapes``: of the value of every node, where it is a tensor."""
     order = {node: i for i, node in enumerate(module.graph.nodes)}
     found, taken = [], set[fx.Node]()
     for node in module.graph.nodes:
-        if node in shapes and (layer := _layer(module, node, shapes[node])) is not None:
+        if node.op == "call_function" and (layer := _layer(module, node, shapes)) is not None:
             whole = _with_followers(module, layer, taken)
             if any(writes(u, layer.input) and order[node] < order[u] < order[whole.last] for u in layer.input.users):
                 whole = layer  # what it reads is overwritten before the last follower runs
@@ -62,25 +62,27 @@ def find(module: fx.GraphModule, shapes: Mapping[fx.Node, tuple[int, ...]]) -> l
     return found
 
 
-def _layer(module: fx.GraphModule, node: fx.Node, shape: tuple[int, ...]) -> Found | None:
+def _layer(module: fx.GraphModule, node: fx.Node, shapes: Mapping[fx.Node, tuple[int, ...]]) -> Found | None:
     dims = _CONVOLUTIONS.get(node.target)
-    if node.op != "call_function" or (dims is None and node.target is not aten.linear.default):
+    transposed = node.target is aten.addmm.default and not node.kwargs  # bias + x @ weight, as GPT-2 does
+    if dims is None and node.target is not aten.linear.default and not transposed:
         return None
-    x, weight = node.args[0], constant(module, node.args[1])
-    bias = constant(module, node.args[2]) if len(node.args) > 2 and node.args[2] is not None else None
-    lost = len(node.args) > 2 and node.args[2] is not None and bias is None
-    if weight is None or lost or not isinstance(x, fx.Node) or not weight.dtype.is_floating_point:
+    bias, x, weight = node.args[:3] if transposed else ((*node.args, None)[2], *node.args[:2])
+    values, biases = constant(module, weight), constant(module, bias)
+    if values is None or (bias is not None and biases is None) or not isinstance(x, fx.Node) or x not in shapes:
         return None
-    assert isinstance(node.args[1], fx.Node)
-    name = str(node.args[1].target).removesuffix(".weight")
+    if not values.dtype.is_floating_point or (biases is not None and biases.ndim != 1):
+        return None
+    assert isinstance(weight, fx.Node)
+    name, shape = str(weight.target).removesuffix(".weight"), shapes[x]
     if dims is None:
-        return Found(Product(name, weight, bias, shape), (node,), x)
+        return Found(Product(name, values.t().contiguous() if transposed else values, biases, shape), (node,), x)
     if len(shape) != dims + 2:  # without a batch
         return None
     given: list[Any] = [*node.args[3:], *([1], [0], [1], 1)[len(node.args[3:]) :]]
     stride, padding, dilation = (tuple(v) * (dims if len(v) == 1 else 1) for v in given[:3])
-    window = window_of(tuple(weight.shape[2:]), stride, padding, dilation)
-    return Found(Product(name, weight, bias, shape, window, given[3], dims == 1), (node,), x)
+    window = window_of(tuple(values.shape[2:]), stride, padding, dilation)
+    return Found(Product(name, values, biases, shape, window, given[3], dims == 1), (node,), x)
 
 
 def _with_followers(module: fx.GraphModule, found: Found, taken: set[fx.Node]) -> Found:
@@ -116,7 +118,7 @@ def _added(found: Found, addition: fx.Node) -> Found | None:
     """With another tensor of the same shape added, unless that one is written to."""
     first, second = addition.args[:2]
     other = second if first is found.last else first
-    if not isinstance(other, fx.Node) or other is found.last or _shape(other) != _shape(found.last):
+    if not isinstance(other, fx.Node) or other is found.last or _kind(other) != _kind(found.last):
         return None
     if addition.target is aten.add_.Tensor and other is first:
         return None
@@ -150,9 +152,10 @@ def constant(module: fx.GraphModule, node: Any) -> Tensor | None:
     return value.detach() if isinstance(value, Tensor) else None
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...] | None:
+def _kind(node: fx.Node) -> tuple[str, ...] | None:
+    """Dtype and sizes of a node's value; sizes that are open by name."""
     value = node.meta.get("val")
-    return tuple(str(n) for n in value.shape) if isinstance(value, Tensor) else None
+    return (str(value.dtype), *map(str, value.shape)) if isinstance(value, Tensor) else None
 
 
 def writes(node: fx.Node, value: fx.Node) -> bool:

@@ -315,6 +315,17 @@ def test_what_was_found_is_remembered_and_a_damaged_memory_is_made_again(
         assert file.read_text() != damaged
 
 
+def test_blocks_and_single_weights_of_one_sparsity_are_not_confused(cache: Path) -> None:
+    single, blocks = nn.Linear(64, 64), nn.Linear(64, 64)
+    with torch.no_grad():
+        single.weight.mul_(torch.arange(64 * 64).view(64, 64) % 63 % 4 == 0)
+        blocks.weight.mul_(torch.arange(64) % 4 == 0)
+    for model in (single, blocks):
+        sc.lower(model, torch.randn(2, 64))
+    (file,) = cache.iterdir()
+    assert len(json.loads(file.read_text())) == 2
+
+
 def test_a_folder_that_cannot_be_written_only_costs_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "file" / "below"))

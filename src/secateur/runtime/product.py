@@ -39,6 +39,12 @@ class Product:
         """The part of the weight that is not zero."""
         return int(self.weight.count_nonzero()) / max(self.weight.numel(), 1)
 
+    def fill(self, height: int) -> float:
+        """The part of the blocks of ``height`` outputs x 1 input that have a weight which is not zero."""
+        flat = self.weight.flatten(1) != 0
+        padded = F.pad(flat, (0, 0, 0, -len(flat) % height))
+        return float(padded.view(-1, height, flat.shape[1]).any(1).float().mean()) if flat.numel() else 0.0
+
     @property
     def tokens(self) -> int:
         """How many times the weight is applied to the input it was seen with."""

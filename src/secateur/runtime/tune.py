@@ -124,7 +124,8 @@ def _sweep() -> Tensor:
 def _key(product: Product, values: str, cold: bool) -> str:
     window = product.window
     walk = "" if window is None else f" {window.kernel}{window.stride}{window.padding}{window.dilation}"
-    parts = [f"{list(product.weight.shape)} on {list(product.shape)}{walk}/{product.groups}", f"{product.density:.2f}"]
+    parts = [f"{list(product.weight.shape)} on {list(product.shape)}{walk}/{product.groups}"]
+    parts += [" ".join(f"{product.fill(height):.2f}" for height in (1, 4, 16))]  # blocks decide, not weights alone
     parts += [product.activation, "residual" * product.residual, values, "cold" * cold]
     return " | ".join([*parts, f"{torch.get_num_threads()} threads"])
 

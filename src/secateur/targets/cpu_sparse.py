@@ -117,7 +117,7 @@ def _program(module: fx.GraphModule, inputs: Any, values: str, cold: bool) -> tu
 
 def _modules(dense: nn.Module, inputs: Any, values: str, cold: bool) -> tuple[nn.Module, tuple[Choice, ...]]:
     """The user's own class with layers replaced."""
-    lowered, choices = clone(dense), []
+    lowered, choices = clone(dense, shared=[*dense.parameters(), *dense.buffers()]), []
     shapes = _input_shapes(lowered, inputs)
     for name, module in track(list(lowered.named_modules()), "choosing how layers run"):
         if module not in shapes:

@@ -1,4 +1,4 @@
-# One environment, .venv, made from constraints.txt on first use and again when either file changes.
+# One environment, .venv, made from constraints.txt on first use and again when that, pyproject.toml or a kernel changes.
 PYTHON ?= python3
 BIN := .venv/bin
 TEST_PROCESSES ?= 2
@@ -8,7 +8,7 @@ TEST_PROCESSES ?= 2
 
 setup: .venv/stamp
 
-.venv/stamp: pyproject.toml constraints.txt
+.venv/stamp: pyproject.toml constraints.txt $(wildcard src/secateur/runtime/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Secateur needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make setup PYTHON=python3.12"; exit 1; }

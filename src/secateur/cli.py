@@ -202,13 +202,7 @@ def prune(
         require_masks(pattern)
     recovery = {"schedule": schedule, "optimizer": optimizer, "accumulate": accumulate}
     recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
-    choice: dict[str, Any] = {
-        "pattern": pattern,
-        "budget": budget,
-        "criterion": criterion,
-        "allocate": allocate,
-        "seed": seed,
-    }
+    choice: dict[str, Any] = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate}
     training: dict[str, Any] = {"reconstruct": reconstruct, "rounds": rounds, "epochs": epochs, "lr": lr, "amp": amp}
     net, example, task = _load(model, dense, input, data)
     result = sc.prune(
@@ -222,6 +216,7 @@ def prune(
         **training,
         recovery=recovery,
         verify=verify,
+        seed=seed,
         source=model,
     )
     sc.save(result, out, packed)

@@ -22,6 +22,7 @@ from secateur.runtime import kernels, tune
 from secateur.runtime.layers import SharedLinears, SparseConv, SparseLinear
 from secateur.targets import cpu_sparse
 from secateur.tasks import clone
+from secateur.testing import check_lowering
 
 needs_engine = pytest.mark.skipif(bool(kernels.why_missing()), reason="the sparse engine was not built")
 pytestmark = needs_engine
@@ -187,6 +188,20 @@ def test_a_lowered_model_gives_the_same_outputs(name: str, form: str, sparse_win
     engine = [m for m in lowered.modules() if isinstance(m, SparseLinear | SparseConv)]
     assert len(engine) >= len(layers)
     assert all(choice.form != "dense" for choice in lowered.lowering.choices)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_law_of_lowering_holds(name: str) -> None:
+    make, draw = MODELS[name]
+    for part in (0.0, 0.5, 0.95, 1.0):
+        check_lowering(zeroed(make(), part), draw(2))
+
+
+def test_the_law_of_lowering_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.linears
+    monkeypatch.setattr(kernels, "linears", lambda *arguments: [y + 0.01 for y in right(*arguments)])
+    with pytest.raises(AssertionError, match="layer as csr differs by"):
+        check_lowering(zeroed(Twice()), torch.randn(2, 16))
 
 
 def test_what_follows_a_layer_is_done_with_it(sparse_wins: None) -> None:

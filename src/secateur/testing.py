@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.apply.blame import relative_error
 from secateur.apply.shrink import Shrunk, carry_out
 from secateur.criteria import Criterion, score
 from secateur.graph import analyze
+from secateur.graph.trace import capture
 from secateur.patterns import NM
 from secateur.patterns import parse as parse_pattern
 from secateur.planning import make
+from secateur.runtime.formats import Format
+from secateur.targets.cpu_sparse import TOLERANCES, layers, lower
 from secateur.tasks import Task
 
 
@@ -47,6 +51,26 @@ def check_criterion(criterion: str | Criterion, model: nn.Module, inputs: Any, t
         make(model, graph, pattern=pattern, budget=budget, criterion=criterion, task=task)
     if any(w.shape[w.in_dim] >= 4 for w in graph.weights.values()):
         make(model, graph, pattern="2:4", budget=None, criterion=criterion, task=task)
+
+
+def check_lowering(model: nn.Module, inputs: Any) -> None:
+    """Every layer gives the same outputs in every form of the sparse engine as by torch, and so does the lowered model.
+
+    model: one in evaluation mode that can be captured, of float32 on the CPU. Raises TargetError where the engine was
+    not built.
+    """
+    with torch.no_grad():
+        for found in layers(capture(model, inputs), inputs):
+            product = found.product
+            x = torch.randn(product.shape)
+            residual = torch.randn_like(product.by_torch(x)) if product.residual else None
+            wanted = product.dense(x, residual)
+            forms = [Format("blocks", height) for height in (1, 4, 16)]
+            forms += [Format("bitmask")] if product.window is None else []
+            for form in forms:
+                gap = relative_error(product.sparse(form)(x, residual), wanted)
+                assert gap <= TOLERANCES["float32"], f"{product.name} as {form} differs by {gap:.2g} (relative)"
+    lower(model, inputs)  # compares by itself
 
 
 def check_groups(mask: Tensor, pattern: str, in_dim: int) -> None:

@@ -23,7 +23,7 @@ from secateur.runtime.formats import VALUES
 from secateur.runtime.lowering import Lowering
 from secateur.runtime.product import DenseLayer, of_module
 from secateur.runtime.tune import Choice
-from secateur.targets.fusion import find, share_
+from secateur.targets.fusion import Found, find, share_
 from secateur.tasks import call, clone, plain
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 0.2}
@@ -90,12 +90,17 @@ def _lowered(dense: nn.Module, inputs: Any, values: str, form: str) -> tuple[str
     return "module", *_modules(dense, inputs, values, cold)
 
 
-def _program(module: fx.GraphModule, inputs: Any, values: str, cold: bool) -> tuple[nn.Module, tuple[Choice, ...]]:
-    """The captured program with its layers and what follows them replaced."""
+def layers(module: fx.GraphModule, inputs: Any) -> list[Found]:
+    """Every layer of a captured program that the engine could run, with what follows it."""
     shapes = _Shapes(module)
     shapes.run(*flat_inputs(module.graph, *example_args(inputs)))
+    return find(module, shapes.found)
+
+
+def _program(module: fx.GraphModule, inputs: Any, values: str, cold: bool) -> tuple[nn.Module, tuple[Choice, ...]]:
+    """The captured program with its layers and what follows them replaced."""
     choices, new = [], dict[fx.Node, fx.Node]()
-    for found in track(find(module, shapes.found), "choosing how layers run"):
+    for found in track(layers(module, inputs), "choosing how layers run"):
         choice, format = tune.choose(found.product, values, cold)
         choices.append(choice)
         if format is None and not found.folded:

@@ -70,47 +70,90 @@ void decode_rows(const Matrix& m, uint32_t first, uint32_t last, const float* x,
     }
 }
 
-typedef float Four __attribute__((vector_size(16)));
-
-template <class Few, class Stored>
-inline Few widened(const Stored* p) {
-    if constexpr (sizeof(Few) == sizeof(Vec))
-        return load_wide(p);
-    else
-        return Few{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+// The rows that a block row has of ``sums``, which is as many as the height.
+void store_rows(const Matrix& m, uint32_t block_row, const float* sums, float* y) {
+    const size_t row = size_t(block_row) * m.height, left = m.rows - row;
+    std::memcpy(y + row, sums, (left < m.height ? left : m.height) * sizeof(float));
 }
 
-template <int HEIGHT, class Index, class Stored>
-void decode_blocks(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
-    constexpr int WIDE = HEIGHT < LANES ? HEIGHT : LANES, PARTS = HEIGHT / WIDE, SETS = PARTS > 2 ? 2 : 8 / PARTS;
-    using Few = std::conditional_t<WIDE == LANES, Vec, Four>;
-    const Index* index = static_cast<const Index*>(m.indices);
-    const Stored* values = static_cast<const Stored*>(m.values);
+// Each of the activations as often as a block has rows.
+#if SCT_LANES == 16
+inline Vec each_four_times(const float* x, size_t a, size_t b, size_t c, size_t d) {
+    const Ints order = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const Four four = {x[a], x[b], x[c], x[d]};
+    return Vec(_mm512_maskz_permutexvar_ps(0xffff, __m512i(order), _mm512_castps128_ps512(__m128(four))));
+}
+#endif
+
+// Blocks of 4 rows: as many at once as a register holds.
+template <class Index, class Stored>
+void decode_fours(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    constexpr uint32_t JOINED = LANES / 4, SETS = 4, STEP = SETS * JOINED;
     for (uint32_t row = first; row < last; row++) {
-        Few sums[SETS][PARTS];
+        const Index* index = static_cast<const Index*>(m.indices) + m.starts[row];
+        const Stored* values = static_cast<const Stored*>(m.values) + size_t(m.starts[row]) * 4;
+        const float* at = x;
+        uint32_t left = m.starts[row + 1] - m.starts[row];
+        Vec sums[SETS];
+        clear(sums);
+        for (; left >= STEP; left -= STEP, index += STEP, values += STEP * 4) {
+            for (uint32_t line = 0; line < STEP * 4 * sizeof(Stored); line += 64)
+                __builtin_prefetch(values + (AHEAD + line) / sizeof(Stored));
+            for (uint32_t s = 0; s < SETS; s++) {
+                size_t column[JOINED];
+                for (uint32_t j = 0; j < JOINED; j++)
+                    column[j] = (sizeof(Index) == 1 && j ? column[j - 1] : 0) + index[s * JOINED + j];
+                Vec tokens;
+#if SCT_LANES == 16
+                tokens = each_four_times(at, column[0], column[1], column[2], column[3]);
+#else
+                for (uint32_t i = 0; i < LANES; i++) tokens[i] = at[column[i / 4]];
+#endif
+                sums[s] += load_wide(values + s * LANES) * tokens;
+                if (sizeof(Index) == 1) at += column[JOINED - 1];  // so that distances are added up a few at once
+            }
+        }
+        const Vec joined = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        float parts[LANES], total[4] = {};
+        store(parts, joined);
+        for (int i = 0; i < LANES; i++) total[i % 4] += parts[i];
+        size_t column = 0;
+        for (uint32_t i = 0; i < left; i++) {
+            column = (sizeof(Index) == 1 ? column : 0) + index[i];
+            for (int r = 0; r < 4; r++) total[r] += widen(values[i * 4 + r]) * at[column];
+        }
+        store_rows(m, row, total, y);
+    }
+}
+
+template <class Index, class Stored>
+void decode_sixteens(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+    constexpr uint32_t PARTS = 16 / LANES, SETS = PARTS > 2 ? 2 : 8 / PARTS;
+    for (uint32_t row = first; row < last; row++) {
+        const Index* index = static_cast<const Index*>(m.indices);
+        const Stored* values = static_cast<const Stored*>(m.values);
+        Vec sums[SETS][PARTS];
         clear(sums);
         size_t column = 0;
-        const auto step = [&](Few (&into)[PARTS], uint32_t i) __attribute__((always_inline)) {
+        const auto step = [&](Vec (&into)[PARTS], uint32_t i) __attribute__((always_inline)) {
             column = sizeof(Index) == 1 ? column + index[i] : index[i];
-            const float token = x[column];
-            for (int p = 0; p < PARTS; p++)
-                into[p] += widened<Few>(values + size_t(i) * HEIGHT + p * WIDE) * token;
+            const Vec token = all(x[column]);
+            for (uint32_t p = 0; p < PARTS; p++) into[p] += load_wide(values + size_t(i) * 16 + p * LANES) * token;
         };
         uint32_t i = m.starts[row];
         const uint32_t end = m.starts[row + 1];
         for (; i + SETS <= end; i += SETS)
-            for (int s = 0; s < SETS; s++) {
-                if (s == 0) __builtin_prefetch(values + size_t(i) * HEIGHT + 1024 / sizeof(Stored));
+            for (uint32_t s = 0; s < SETS; s++) {
+                if (s == 0) __builtin_prefetch(values + size_t(i) * 16 + AHEAD / sizeof(Stored));
                 step(sums[s], i + s);
             }
         for (; i < end; i++) step(sums[0], i);
-        for (int p = 0; p < PARTS; p++)
-            for (int w = 0; w < WIDE; w++) {
-                const size_t at = size_t(row) * HEIGHT + p * WIDE + w;
-                float total = 0;
-                for (int s = 0; s < SETS; s++) total += sums[s][p][w];
-                if (at < m.rows) y[at] = total;
-            }
+        float total[16];
+        for (uint32_t p = 0; p < PARTS; p++) {
+            for (uint32_t s = 1; s < SETS; s++) sums[0][p] += sums[s][p];
+            store(total + p * LANES, sums[0][p]);
+        }
+        store_rows(m, row, total, y);
     }
 }
 
@@ -121,8 +164,8 @@ void decode_height(const Matrix& m, uint32_t first, uint32_t last, const float* 
         return (row + m.height - 1) / m.height;
     };
     if (m.height == 1) return decode_rows<Index, Stored>(m, block_row(first), block_row(last), x, y);
-    if (m.height == 4) return decode_blocks<4, Index, Stored>(m, block_row(first), block_row(last), x, y);
-    decode_blocks<16, Index, Stored>(m, block_row(first), block_row(last), x, y);
+    if (m.height == 4) return decode_fours<Index, Stored>(m, block_row(first), block_row(last), x, y);
+    decode_sixteens<Index, Stored>(m, block_row(first), block_row(last), x, y);
 }
 
 template <class Stored>

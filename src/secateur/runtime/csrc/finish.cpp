@@ -82,20 +82,29 @@ void pack(const float* x, int64_t stride, int64_t tokens, int64_t cols, float* p
     }
 }
 
+// Whole lines of one token follow each other in y: lines of many tokens, which often lie multiples of 4096 bytes apart,
+// would push each other out of the cache, and did take twice as long.
 void finish_tokens(const float* tile, Finish f, int64_t tokens, int rows, float* y, int64_t stride) {
-    for (int r = 0; r < rows; r += LANES) {
-        const int some = rows - r < LANES ? rows - r : LANES;
-        const Vec bias = f.bias ? load_first(f.bias + r, some) : Vec{};
-        for (int64_t t = 0; t < tokens; t += LANES) {
+    alignas(64) float lines[LANES][GROUP * STRIP];
+    for (int64_t t = 0; t < tokens; t += LANES) {
+        const int there = tokens - t < LANES ? int(tokens - t) : LANES;
+        for (int r = 0; r < rows; r += LANES) {
+            const int some = rows - r < LANES ? rows - r : LANES;
+            const Vec bias = f.bias ? load_first(f.bias + r, some) : Vec{};
             Vec block[LANES];
             for (int i = 0; i < LANES; i++) block[i] = load(tile + (r + i) * PANEL + t);
             transpose(block);
-            for (int i = 0; i < LANES && t + i < tokens; i++) {
-                const int64_t at = (t + i) * stride + r;
+            for (int i = 0; i < there; i++) {
                 Vec v = block[i] + bias;
-                if (f.residual) v += load_first(f.residual + at, some);
-                store_first(y + at, activate(v, f.activation), some);
+                if (f.residual) v += load_first(f.residual + (t + i) * stride + r, some);
+                store(lines[i] + r, activate(v, f.activation));
             }
+        }
+        for (int i = 0; i < there; i++) {
+            float* const line = y + (t + i) * stride;
+            int r = 0;
+            for (; r + LANES <= rows; r += LANES) store(line + r, load(lines[i] + r));
+            if (r < rows) store_first(line + r, load(lines[i] + r), rows - r);
         }
     }
 }

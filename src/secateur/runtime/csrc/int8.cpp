@@ -16,6 +16,8 @@ namespace {
 typedef uint32_t Sums __attribute__((vector_size(SCT_LANES * 4)));  // modulo 2^32: what passes over comes back
 typedef uint8_t Small __attribute__((vector_size(SCT_LANES)));
 
+inline Sums widened(Small bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Sums); }
+
 // The blocks that are multiplied together, and the tokens (times LANES).
 #if defined(__AVX512VNNI__)
 constexpr int JOINED = 4, WIDEST = 4;
@@ -41,7 +43,7 @@ inline void interleave(const uint8_t* const (&at)[4], __m512i (&tokens)[T]) {
         for (int i = 0; i < 4; i++) {
             Small bytes;
             std::memcpy(&bytes, at[i], sizeof bytes);
-            joined |= __builtin_convertvector(bytes, Sums) << (8 * i);
+            joined |= widened(bytes) << (8 * i);
         }
         tokens[0] = __m512i(joined);
     }
@@ -75,7 +77,7 @@ inline void multiply(const int8_t* values, const uint8_t* const (&at)[1], Sums (
     for (int t = 0; t < T; t++) {
         Small bytes;
         std::memcpy(&bytes, at[0] + t * LANES, sizeof bytes);
-        const Sums tokens = __builtin_convertvector(bytes, Sums);
+        const Sums tokens = widened(bytes);
         for (int r = 0; r < 4; r++) sums[r][t] += tokens * uint32_t(int32_t(values[r]));
     }
 }
@@ -165,7 +167,8 @@ void quantize(const float* panel, const float* inverse, int64_t cols, int64_t wi
         }
 #endif
         for (int64_t t = 0; t < width; t += LANES) {
-            const Small q = __builtin_convertvector(rounded(load(panel + t), load(inverse + t)), Small);
+            const Ints exact = rounded(load(panel + t), load(inverse + t));
+            const Small q = __builtin_convertvector(__builtin_convertvector(exact, Halves), Small);
             std::memcpy(bytes + t, &q, sizeof q);
         }
     }

@@ -30,7 +30,7 @@ struct Kernels {
     void (*decode)(const Matrix&, uint32_t first, uint32_t last, const float* x, float* y);
     // panel[cols][width] = x[tokens][cols], transposed; tokens that are not there are zero.
     void (*pack)(const float* x, int64_t stride, int64_t tokens, int64_t cols, float* panel, int64_t width);
-    // y[token][row] of a tile, finished: tokens ``stride`` floats apart, ``rows`` of the 16 are real.
+    // y[token][row] of up to GROUP tiles that follow each other, finished: tokens ``stride`` floats apart.
     void (*finish_tokens)(const float* tile, Finish, int64_t tokens, int rows, float* y, int64_t stride);
     // y[row][token] of one row of a tile, finished with that row's bias.
     void (*finish_row)(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y);

@@ -1,4 +1,5 @@
 // Linear layers: one token at once, or panels of tokens that are transposed first.
+#include <algorithm>
 #include <cstring>
 
 #include "work.h"
@@ -53,11 +54,14 @@ void tokens(const Matrix& m, const float* panels_of_x, int64_t n, const Finish& 
     parallel(panels * pieces.count, threads, [&](int64_t i) {
         const int64_t panel = i / pieces.count, piece = i % pieces.count, first = panel * PANEL;
         const int64_t left = n - first < PANEL ? n - first : PANEL, width = width_of(panel, n);
-        alignas(64) float tile[STRIP * PANEL];
-        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s++) {
-            in_use->strip(m, s, panels_of_x + first * cols, Places{nullptr, uint32_t(width)}, left, tile);
+        alignas(64) float tiles[GROUP * STRIP * PANEL];
+        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s += GROUP) {
+            const uint32_t some = std::min(pieces.bounds[piece + 1] - s, GROUP);
+            for (uint32_t i = 0; i < some; i++)
+                in_use->strip(m, s + i, panels_of_x + first * cols, Places{nullptr, uint32_t(width)}, left,
+                              tiles + i * STRIP * PANEL);
             const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
-            in_use->finish_tokens(tile, finish.from(row, at), left, rows_of(m, s), y + at, m.rows);
+            in_use->finish_tokens(tiles, finish.from(row, at), left, rows_of(m, s, some), y + at, m.rows);
         }
     });
 }

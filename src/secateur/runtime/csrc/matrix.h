@@ -9,6 +9,7 @@
 namespace sct {
 
 constexpr uint32_t STRIP = 16;   // rows that are worked on together
+constexpr uint32_t GROUP = 4;    // strips whose outputs are written together
 constexpr int64_t PANEL = 64;    // tokens that are worked on together
 
 enum class Format : uint8_t { blocks = 1, bitmask = 2 };

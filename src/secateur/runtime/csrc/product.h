@@ -8,6 +8,8 @@ namespace SCT_ISA {
 
 constexpr int REGISTERS = LANES == 8 ? 16 : 32;
 
+constexpr uint32_t AHEAD = 1024;  // bytes of values that are asked for before they are needed
+
 struct Strided {
     size_t step;
     size_t operator()(size_t column) const { return column * step; }
@@ -58,22 +60,59 @@ constexpr int most() {
     return 1;
 }
 
-// The sum of values[i] * x[column i]. Scalar multiply-adds: two loads each, which beats gathering, and no sums across
-// lanes but at the end.
+typedef float Four __attribute__((vector_size(16)));
+
+inline Four four(const float* p) {
+    Four v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline Four four(const uint16_t* p) {
+    typedef uint16_t Narrow __attribute__((vector_size(8)));
+    typedef uint32_t Wide __attribute__((vector_size(16)));
+    Narrow v;
+    std::memcpy(&v, p, sizeof v);
+    return Four(__builtin_convertvector(v, Wide) << 16);
+}
+
+inline Four four(const int8_t* p) {
+#ifdef __AVX2__
+    int32_t v;
+    std::memcpy(&v, p, sizeof v);
+    return Four(_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(v))));
+#else
+    return Four{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+#endif
+}
+
+// The sum of values[i] * x[column i]. Activations are picked up one by one, which beats gathering; values, the other half
+// of all loads, four at once.
 template <class Index, class Stored>
 inline float dot(const Index* index, const Stored* values, uint32_t count, const float* x) {
-    constexpr int SETS = 8;
-    float sums[SETS] = {};
-    size_t column = 0;
-    const auto step = [&](float& into, uint32_t i) __attribute__((always_inline)) {
-        column = sizeof(Index) == 1 ? column + index[i] : index[i];
-        into += widen(values[i]) * x[column];
+    constexpr uint32_t SETS = 4, STEP = SETS * 4;
+    Four sums[SETS];
+    clear(sums);
+    const auto place = [&](uint32_t i, size_t before) __attribute__((always_inline)) {
+        return sizeof(Index) == 1 ? before + index[i] : index[i];
     };
-    uint32_t i = 0;
-    for (; i + SETS <= count; i += SETS)
-        for (int s = 0; s < SETS; s++) step(sums[s], i + s);
-    for (; i < count; i++) step(sums[0], i);
-    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+    for (; count >= STEP; count -= STEP, index += STEP, values += STEP) {
+        __builtin_prefetch(values + AHEAD / sizeof(Stored));
+        for (uint32_t s = 0; s < SETS; s++) {
+            const uint32_t i = s * 4;
+            const size_t a = place(i, 0), b = place(i + 1, a), c = place(i + 2, b), d = place(i + 3, c);
+            sums[s] += four(values + i) * Four{x[a], x[b], x[c], x[d]};
+            if (sizeof(Index) == 1) x += d;  // so that distances are added up four by four
+        }
+    }
+    float rest = 0;
+    size_t column = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        column = place(i, column);
+        rest += widen(values[i]) * x[column];
+    }
+    const Four all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return ((all[0] + all[1]) + (all[2] + all[3])) + rest;
 }
 
 }  // namespace SCT_ISA

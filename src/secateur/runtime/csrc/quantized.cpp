@@ -7,6 +7,7 @@
 // in float32 but for the sum. A token with a value that is not finite has no scale: its outputs are NaN.
 #include "quantized.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "work.h"
@@ -75,11 +76,14 @@ const char* quantized_linear(const Matrix& m, const int32_t* sums, const float* 
     const Pieces pieces(m, (threads * PIECES + panels - 1) / panels);
     parallel(panels * pieces.count, threads, [&](int64_t i) {
         const int64_t panel = i / pieces.count, piece = i % pieces.count, first = panel * PANEL;
-        alignas(64) float tile[STRIP * PANEL];
-        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s++) {
-            in_use->strip_int8(m, sums, s, bytes + first * cols, scales + first, cut.width(panel), tile);
+        alignas(64) float tiles[GROUP * STRIP * PANEL];
+        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s += GROUP) {
+            const uint32_t some = std::min(pieces.bounds[piece + 1] - s, GROUP);
+            for (uint32_t i = 0; i < some; i++)
+                in_use->strip_int8(m, sums, s + i, bytes + first * cols, scales + first, cut.width(panel),
+                                   tiles + i * STRIP * PANEL);
             const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
-            in_use->finish_tokens(tile, finish.from(row, at), cut.tokens(panel), rows_of(m, s), y + at, m.rows);
+            in_use->finish_tokens(tiles, finish.from(row, at), cut.tokens(panel), rows_of(m, s, some), y + at, m.rows);
         }
     });
     return nullptr;

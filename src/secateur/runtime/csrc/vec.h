@@ -1,7 +1,7 @@
 // Vectors of floats, by the compiler's own vector types: one source for every instruction set. SCT_ISA names the
 // namespace, SCT_LANES says how many floats a register holds; both come from the build.
 #pragma once
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #include <cstdint>
@@ -16,6 +16,7 @@ constexpr int LANES = SCT_LANES;
 typedef float Vec __attribute__((vector_size(SCT_LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(SCT_LANES * 4)));
 typedef uint16_t Halves __attribute__((vector_size(SCT_LANES * 2)));
+typedef int16_t Shorts __attribute__((vector_size(SCT_LANES * 2)));
 typedef int8_t Bytes __attribute__((vector_size(SCT_LANES)));
 
 inline Vec load(const float* p) {
@@ -76,14 +77,22 @@ inline Vec load_wide(const float* p) { return load(p); }
 inline Vec load_wide(const uint16_t* p) {
     Halves h;
     std::memcpy(&h, p, sizeof h);
-    const Ints wide = __builtin_convertvector(h, Ints) << 16;
-    return Vec(wide);
+    return Vec(__builtin_convertvector(h, Ints) << 16);
+}
+
+// GCC takes the elements of a conversion from bytes to integers one by one, or in halves.
+inline Vec wide(Bytes b) {
+#ifdef __AVX512F__
+    return Vec(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, __m128i(b))));
+#else
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
+#endif
 }
 
 inline Vec load_wide(const int8_t* p) {
     Bytes b;
     std::memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, Ints), Vec);
+    return wide(b);
 }
 
 inline float sum(Vec v) {

@@ -57,9 +57,10 @@ inline int worthwhile(int threads, double work) {
     return most < 1 ? 1 : most < threads ? int(most) : threads;
 }
 
-inline int rows_of(const Matrix& m, uint32_t strip) {
+// Rows of some strips: the last one may have fewer than STRIP.
+inline int rows_of(const Matrix& m, uint32_t strip, uint32_t some = 1) {
     const uint32_t left = m.rows - strip * STRIP;
-    return int(left < STRIP ? left : STRIP);
+    return int(left < some * STRIP ? left : some * STRIP);
 }
 
 // A layer among those that read the same activations.

@@ -81,7 +81,8 @@ def made(
     for name, (values, make) in forms.items():
         try:
             run = several(make, weight_bytes * width[values], cold)
-            gap = difference(run(), wanted)
+            with torch.inference_mode():
+                gap = difference(run(), wanted)
             if not gap <= TOLERANCE[values]:
                 raise Refused(f"differs from torch by {gap:.2g} (relative)")
             found[name] = run
@@ -96,10 +97,11 @@ def eager(model: nn.Module, inputs: Any) -> Run:
     return lambda: call(model, inputs)
 
 
-def compiled(model: nn.Module, inputs: Any) -> Run:
+def compiled(model: nn.Module, inputs: Any, freezing: bool = True) -> Run:
     torch._dynamo.reset()
-    done = torch.compile(model.requires_grad_(False), options={"freezing": True})
-    call(done, inputs)
+    done = torch.compile(model.requires_grad_(False), options={"freezing": freezing})
+    with torch.inference_mode():
+        call(done, inputs)
     return lambda: call(done, inputs)
 
 
@@ -162,8 +164,12 @@ def quantized(path: Path) -> Path:
 # --- the clock ---------------------------------------------------------------------------------------
 
 
-def rounds(runs: Mapping[str, Run], seconds: float, warm: bool = True) -> dict[str, Latency]:
-    """Milliseconds of single calls, one a round, in random order; each after a rest and, ``warm``, a call not timed."""
+def rounds(runs: Mapping[str, Run], seconds: float) -> dict[str, Latency]:
+    """Milliseconds of single calls, one a round, in random order.
+
+    Each comes after a rest, and after a call of the same form that is not timed: in a network, too, the layer before
+    has just run the same code. Forms made by ``several`` read other weights in that call.
+    """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     with torch.inference_mode():
@@ -174,8 +180,7 @@ def rounds(runs: Mapping[str, Run], seconds: float, warm: bool = True) -> dict[s
             shuffle(order)
             for name in order:
                 time.sleep(REST)
-                if warm:
-                    runs[name]()
+                runs[name]()
                 start = time.perf_counter()
                 runs[name]()
                 samples[name].append((time.perf_counter() - start) * 1e3)

@@ -178,7 +178,7 @@ def measured(place: Place, sparsity: float, threads: int, seconds: float, baseli
     if place.cold:
         runs["memory"] = rivals.read()
     with rivals.others() as load:
-        taken = rivals.rounds(runs, seconds, warm=not place.cold)
+        taken = rivals.rounds(runs, seconds)
     times = {name: rivals.spread(latency) for name, latency in taken.items() if name not in place.forms}
     macs, read = _macs(place), times.pop("memory", None)
     for form, row in about.items():
@@ -249,12 +249,12 @@ def told(place: Place, sparsity: float, threads: int, found: common.Row) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description="Single layers on the sparse engine against dense runtimes.")
     parser.add_argument("words", nargs="*", help="only layers whose name has all of these in it")
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--threads", type=int, action="append", help="1 and 2 unless told; repeatable")
     parser.add_argument("--quick", action="store_true", help="90 %% only, for an instant; nothing is written")
     wish = parser.parse_args()
     if why := kernels.why_missing():
         sys.exit(why)
-    run(wish.words, wish.threads, wish.quick)
+    run(wish.words, wish.threads or [1, 2], wish.quick)
 
 
 if __name__ == "__main__":

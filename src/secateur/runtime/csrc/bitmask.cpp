@@ -1,17 +1,13 @@
 // One bit a weight, and the values of the bits that are set.
 //
 // Times a panel of tokens, bits become column indices, some words at a time, and the rest is as for CSR. Times one token,
-// AVX-512 spreads the values over the places of their bits: work for every weight, whether it is there or not, but all of
-// it in vectors. Others take the bits one by one.
+// values are spread over the places of their bits: work for every weight, whether it is there or not, but in vectors;
+// by AVX-512's "expand", by a table for AVX2. The portable build takes the bits one by one.
 #include "bitmask.h"
 
 #include <cstdlib>
 
 #include "product.h"
-
-#ifdef __AVX512VBMI2__
-#include <immintrin.h>
-#endif
 
 namespace sct {
 namespace SCT_ISA {
@@ -115,7 +111,7 @@ void scan(const Matrix& m, uint32_t first, uint32_t last, const float* x, float*
     }
 }
 
-#ifdef __AVX512VBMI2__
+#ifdef __AVX2__
 // The activations in the order in which expanded values come, a whole number of words of them; kept for each thread.
 struct Arranged {
     float* at = nullptr;
@@ -123,7 +119,7 @@ struct Arranged {
     ~Arranged() { std::free(at); }
 
     // Whether there is room, and every activation is finite: a place without a value is multiplied like all others.
-    bool take(const float* x, size_t cols, int apart) {
+    bool take(const float* x, size_t cols, bool apart) {
         const size_t wanted = (cols + 63) / 64 * 64;
         if (wanted > size) {
             std::free(at);
@@ -132,27 +128,28 @@ struct Arranged {
             if (!at) return false;
         }
         Vec none{};  // x - x is NaN for what is not finite
-        for (size_t k = 0; k < wanted; k += 64) {
-            Vec v[4];
-            for (size_t i = 0; i < 4; i++) {
-                const size_t here = k + i * 16;
-                v[i] = here < cols ? load_first(x + here, cols - here < 16 ? int(cols - here) : 16) : Vec{};
-                none += v[i] - v[i];
-            }
-            if (apart == 2)  // evens, then odds, of 32
-                for (int i = 0; i < 4; i += 2) {
-                    const Vec a = v[i], b = v[i + 1];
-                    v[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-                    v[i + 1] = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-                }
-            for (size_t i = 0; i < 4; i++) store(at + k + i * 16, v[i]);
+        for (size_t k = 0; k < wanted; k += LANES) {
+            const Vec v = k < cols ? load_first(x + k, cols - k < LANES ? int(cols - k) : LANES) : Vec{};
+            none += v - v;
+            store(at + k, v);
         }
+#ifdef __AVX512VBMI2__
+        for (size_t k = 0; apart && k < wanted; k += 32) {  // evens, then odds
+            const Vec a = load(at + k), b = load(at + k + 16);
+            store(at + k, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+            store(at + k + 16, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+        }
+#else
+        (void)apart;
+#endif
         return sum(none) == 0;
     }
 };
 
 inline uint32_t ones(uint64_t bits) { return uint32_t(__builtin_popcountll(bits)); }
+#endif
 
+#ifdef __AVX512VBMI2__
 // Zeros that the compiler does not know to be zeros. Expanding into them, rather than with the form that zeroes, keeps
 // one expansion from waiting for the last one into the same register, as Zen 5 does: three times as fast.
 inline __m512i zeros() {
@@ -213,18 +210,54 @@ float expand(const Matrix& m, uint32_t row, const float* x) {
     return sum((a + b) + (c + d));
 }
 
+#elif defined(__AVX2__)
+// For every byte of bits, which of the next values each of 8 places takes; 0x80 where it takes none.
+struct Table {
+    uint8_t takes[256][8];
+
+    constexpr Table() : takes() {
+        for (int bits = 0; bits < 256; bits++)
+            for (int i = 0, next = 0; i < 8; i++) takes[bits][i] = uint8_t(bits >> i & 1 ? next++ : 0x80);
+    }
+};
+constexpr Table TABLE;
+
 template <class Stored>
-void rows(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
-    static thread_local Arranged arranged;
-    if (!arranged.take(x, m.cols, int(sizeof(Stored)))) return scan<Stored>(m, first, last, x, y);
-    for (uint32_t row = first; row < last; row++) y[row] = expand<Stored>(m, row, arranged.at);
-}
-#else
-template <class Stored>
-void rows(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
-    scan<Stored>(m, first, last, x, y);
+float expand(const Matrix& m, uint32_t row, const float* x) {
+    const size_t words = words_of(m);
+    const uint64_t* const mask = mask_of(m, row);
+    const Stored* at = values_of<Stored>(m, row);
+    Vec sums[4];
+    clear(sums);
+    for (size_t w = 0; w < words; w++, x += 64) {
+        __builtin_prefetch(at + AHEAD / sizeof(Stored));
+        for (int i = 0; i < 8; i++) {
+            const uint8_t bits = uint8_t(mask[w] >> (8 * i));
+            int64_t eight;
+            std::memcpy(&eight, TABLE.takes[bits], sizeof eight);
+            const __m256i takes = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight));
+            const __m256 packed = _mm256_permutevar8x32_ps(__m256(load_wide(at)), takes);
+            // Only the sign of ``takes`` counts.
+            const __m256 weights = _mm256_blendv_ps(packed, _mm256_setzero_ps(), _mm256_castsi256_ps(takes));
+            sums[i % 4] += Vec(weights) * load(x + i * 8);
+            at += ones(bits);
+        }
+    }
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 #endif
+
+template <class Stored>
+void rows(const Matrix& m, uint32_t first, uint32_t last, const float* x, float* y) {
+#ifdef __AVX2__
+    static thread_local Arranged arranged;
+    if (arranged.take(x, m.cols, sizeof(Stored) == 2)) {
+        for (uint32_t row = first; row < last; row++) y[row] = expand<Stored>(m, row, arranged.at);
+        return;
+    }
+#endif
+    scan<Stored>(m, first, last, x, y);
+}
 
 }  // namespace
 

@@ -74,19 +74,33 @@ inline float widen(float x) { return x; }
 
 inline Vec load_wide(const float* p) { return load(p); }
 
+// GCC makes several instructions of a conversion that is one.
+#if SCT_LANES == 16 && defined(__AVX512F__)
+inline Vec wide(Bytes b) {
+    return Vec(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, __m128i(b))));
+}
+
+inline Vec wide(Halves h) { return Vec(Ints(_mm512_maskz_cvtepu16_epi32(0xffff, __m256i(h))) << 16); }
+#elif SCT_LANES == 8 && defined(__AVX2__)
+inline Vec wide(Bytes b) {
+    int64_t eight;
+    std::memcpy(&eight, &b, sizeof eight);
+    return Vec(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(eight))));
+}
+
+inline Vec wide(Halves h) { return Vec(Ints(_mm256_cvtepu16_epi32(__m128i(h))) << 16); }
+#else
+inline Vec wide(Bytes b) {
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
+}
+
+inline Vec wide(Halves h) { return Vec(__builtin_convertvector(h, Ints) << 16); }
+#endif
+
 inline Vec load_wide(const uint16_t* p) {
     Halves h;
     std::memcpy(&h, p, sizeof h);
-    return Vec(__builtin_convertvector(h, Ints) << 16);
-}
-
-// GCC takes the elements of a conversion from bytes to integers one by one, or in halves.
-inline Vec wide(Bytes b) {
-#ifdef __AVX512F__
-    return Vec(_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, __m128i(b))));
-#else
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(b, Shorts), Ints), Vec);
-#endif
+    return wide(h);
 }
 
 inline Vec load_wide(const int8_t* p) {

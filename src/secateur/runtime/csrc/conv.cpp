@@ -117,7 +117,7 @@ const char* check(const Matrix& m, const sct_images& g) {
 
 }  // namespace
 
-const char* conv(const Matrix& m, const float* x, const sct_images& g, const Finish& finish, int most, float* y) {
+const char* conv(const sct_matrix& m, const float* x, const sct_images& g, const Finish& finish, int most, float* y) {
     if (const char* wrong = check(m, g)) return wrong;
     if (g.batch == 0 || m.rows == 0) return nullptr;
     const Geometry s(g);
@@ -139,6 +139,8 @@ const char* conv(const Matrix& m, const float* x, const sct_images& g, const Fin
     if (!s.direct) std::memset(space + offsets + together * planes, 0, PANEL * 4);
 
     const int64_t panels = (s.tokens + PANEL - 1) / PANEL;
+    static const Cuts none;
+    const Cuts& cuts = s.tokens > PANEL / 2 ? m.cuts() : none;
     const Places places{table ? at : nullptr, uint32_t(s.direct ? g.height * g.width : s.of_channel())};
     for (int64_t done = 0; done < g.batch; done += together) {
         const int64_t now = g.batch - done < together ? g.batch - done : together;
@@ -155,15 +157,15 @@ const char* conv(const Matrix& m, const float* x, const sct_images& g, const Fin
         parallel(now * panels * pieces.count, threads, [&](int64_t i) {
             const int64_t piece = i % pieces.count, panel = i / pieces.count % panels, one = i / pieces.count / panels;
             const int64_t first = panel * PANEL, tokens = s.tokens - first < PANEL ? s.tokens - first : PANEL;
-            alignas(64) float tile[STRIP * PANEL];
-            for (uint32_t strip = pieces.bounds[piece]; strip < pieces.bounds[piece + 1]; strip++) {
-                in_use->strip(m, strip, source + one * stride + first, places, tokens, tile);
-                for (int r = 0; r < rows_of(m, strip); r++) {
+            const Panel here{source + one * stride + first, places, tokens, false};
+            const auto write = [&](uint32_t strip, uint32_t some, const float* sums) {
+                for (int r = 0; r < rows_of(m, strip, some); r++) {
                     const int64_t row = int64_t(strip) * STRIP + r, out = ((done + one) * m.rows + row) * outputs;
-                    write_row(tile + r * PANEL, s, first, tokens, finish.bias ? finish.bias[row] : 0.0f,
+                    write_row(sums + r * PANEL, s, first, tokens, finish.bias ? finish.bias[row] : 0.0f,
                               finish.residual ? finish.residual + out : nullptr, finish.activation, y + out);
                 }
-            }
+            };
+            multiply(m, cuts, pieces.bounds[piece], pieces.bounds[piece + 1], here, write);
         });
     }
     return nullptr;

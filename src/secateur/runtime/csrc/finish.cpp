@@ -3,6 +3,7 @@
 #include "blocks.h"
 #include "int8.h"
 #include "kernels.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace sct {
@@ -122,7 +123,7 @@ void finish_row(const float* tile, float bias, const float* residual, int activa
 
 #define SCT_TEXT(name) #name
 #define SCT_NAME(name) SCT_TEXT(name)
-const Kernels kernels = {SCT_NAME(SCT_ISA), strip, decode, pack, finish_tokens, finish_row, largest, quantize, strip_int8};
+const Kernels kernels = {SCT_NAME(SCT_ISA), strip, add_tile, gather, decode, pack, finish_tokens, finish_row, largest, quantize, strip_int8};
 
 }  // namespace SCT_ISA
 }  // namespace sct

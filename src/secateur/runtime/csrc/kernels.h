@@ -26,6 +26,12 @@ struct Kernels {
     const char* name;
     // tile[16][PANEL] = 16 rows of the matrix times ``tokens`` (rounded up to LANES; at most PANEL) activations.
     void (*strip)(const Matrix&, uint32_t strip, const float* x, Places, int64_t tokens, float* tile);
+    // sums[rows][PANEL] += the blocks of rows first..last that lie in a tile of columns, whose activations are
+    // x[columns][width].
+    void (*add_tile)(const Matrix&, const Cuts&, uint32_t tile, uint32_t first, uint32_t last, const float* x,
+                     int64_t width, int64_t tokens, float* sums);
+    // into[columns first..last][PANEL] = their activations.
+    void (*gather)(const float* x, Places, uint32_t first, uint32_t last, int64_t tokens, float* into);
     // y[rows] = the rows of some strips times one token.
     void (*decode)(const Matrix&, uint32_t first, uint32_t last, const float* x, float* y);
     // panel[cols][width] = x[tokens][cols], transposed; tokens that are not there are zero.

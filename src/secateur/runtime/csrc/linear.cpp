@@ -48,21 +48,20 @@ const float* packed(const float* x, int64_t n, int64_t stride, int64_t cols, int
     return into;
 }
 
-void tokens(const Matrix& m, const float* panels_of_x, int64_t n, const Finish& finish, int threads, float* y) {
+void tokens(const sct_matrix& m, const float* panels_of_x, int64_t n, const Finish& finish, int threads, float* y) {
     const int64_t cols = m.cols, panels = (n + PANEL - 1) / PANEL;
+    static const Cuts none;
+    const Cuts& cuts = n > PANEL / 2 ? m.cuts() : none;
     const Pieces pieces(m, (threads * PIECES + panels - 1) / panels);
     parallel(panels * pieces.count, threads, [&](int64_t i) {
         const int64_t panel = i / pieces.count, piece = i % pieces.count, first = panel * PANEL;
         const int64_t left = n - first < PANEL ? n - first : PANEL, width = width_of(panel, n);
-        alignas(64) float tiles[GROUP * STRIP * PANEL];
-        for (uint32_t s = pieces.bounds[piece]; s < pieces.bounds[piece + 1]; s += GROUP) {
-            const uint32_t some = std::min(pieces.bounds[piece + 1] - s, GROUP);
-            for (uint32_t i = 0; i < some; i++)
-                in_use->strip(m, s + i, panels_of_x + first * cols, Places{nullptr, uint32_t(width)}, left,
-                              tiles + i * STRIP * PANEL);
-            const int64_t row = int64_t(s) * STRIP, at = first * m.rows + row;
-            in_use->finish_tokens(tiles, finish.from(row, at), left, rows_of(m, s, some), y + at, m.rows);
-        }
+        const Panel here{panels_of_x + first * cols, Places{nullptr, uint32_t(width)}, left, true};
+        const auto write = [&](uint32_t strip, uint32_t some, const float* sums) {
+            const int64_t row = int64_t(strip) * STRIP, at = first * m.rows + row;
+            in_use->finish_tokens(sums, finish.from(row, at), left, rows_of(m, strip, some), y + at, m.rows);
+        };
+        multiply(m, cuts, pieces.bounds[piece], pieces.bounds[piece + 1], here, write);
     });
 }
 

@@ -2,8 +2,10 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
+#include "cuts.h"
 #include "secateur.h"
 
 namespace sct {
@@ -43,4 +45,14 @@ const char* read_matrix(const void* bytes, uint64_t size, Matrix& matrix);
 
 struct sct_matrix : sct::Matrix {
     std::vector<int32_t> sums;  // of rows; for quantized activations
+
+    // Made when they are first asked for: one token does not need them.
+    const sct::Cuts& cuts() const {
+        std::call_once(once_, [this] { cuts_ = sct::Cuts(*this); });
+        return cuts_;
+    }
+
+  private:
+    mutable std::once_flag once_;
+    mutable sct::Cuts cuts_;
 };

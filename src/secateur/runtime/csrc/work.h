@@ -1,6 +1,7 @@
 // How work is cut and where it finds room: what the drivers of linear.cpp and conv.cpp share.
 #pragma once
 #include <cstdlib>
+#include <cstring>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -27,7 +28,7 @@ struct Room {
     }
 };
 
-inline thread_local Room room;
+inline thread_local Room room, scratch;
 
 // Cuts the strips of a matrix into pieces of about equal bytes: bounds[0..pieces].
 struct Pieces {
@@ -63,14 +64,56 @@ inline int rows_of(const Matrix& m, uint32_t strip, uint32_t some = 1) {
     return int(left < some * STRIP ? left : some * STRIP);
 }
 
+// Up to PANEL tokens: where they are, and whether a column's are next to the last one's.
+struct Panel {
+    const float* x;
+    Places places;
+    int64_t tokens;
+    bool dense;
+};
+
+// The rows of some strips times a panel, by tiles of columns where there are any. write(strip, how many of them from
+// there on, at most GROUP, sums[rows][PANEL]).
+template <class Write>
+void multiply(const Matrix& m, const Cuts& cuts, uint32_t first, uint32_t last, const Panel& panel, Write&& write) {
+    constexpr uint32_t TOGETHER = 32;  // strips, whose sums are kept while the tiles pass
+    constexpr size_t SUMS = TOGETHER * STRIP * PANEL, TILE = Cuts::TILE * PANEL;
+    float* const sums = scratch.of(SUMS + TILE);
+    if (!sums || !cuts.tiles) {
+        alignas(64) float tiles[GROUP * STRIP * PANEL];
+        for (uint32_t strip = first; strip < last; strip += GROUP) {
+            const uint32_t some = last - strip < GROUP ? last - strip : GROUP;
+            for (uint32_t i = 0; i < some; i++)
+                in_use->strip(m, strip + i, panel.x, panel.places, panel.tokens, tiles + i * STRIP * PANEL);
+            write(strip, some, tiles);
+        }
+        return;
+    }
+    for (uint32_t begin = first; begin < last; begin += TOGETHER) {
+        const uint32_t end = last - begin < TOGETHER ? last : begin + TOGETHER;
+        std::memset(sums, 0, size_t(end - begin) * STRIP * PANEL * sizeof(float));
+        const uint32_t row = begin * STRIP, past = end * STRIP < m.rows ? end * STRIP : m.rows;
+        for (uint32_t tile = 0; tile < cuts.tiles; tile++) {
+            const uint32_t column = tile * Cuts::TILE, left = m.cols - column;
+            const uint32_t beyond = column + (left < Cuts::TILE ? left : Cuts::TILE);
+            if (!panel.dense) in_use->gather(panel.x, panel.places, column, beyond, panel.tokens, sums + SUMS);
+            const float* const x = panel.dense ? panel.x + size_t(column) * panel.places.step : sums + SUMS;
+            const int64_t width = panel.dense ? panel.places.step : PANEL;
+            in_use->add_tile(m, cuts, tile, row, past, x, width, panel.tokens, sums);
+        }
+        for (uint32_t strip = begin; strip < end; strip += GROUP)
+            write(strip, end - strip < GROUP ? end - strip : GROUP, sums + size_t(strip - begin) * STRIP * PANEL);
+    }
+}
+
 // A layer among those that read the same activations.
 struct Part {
-    const Matrix* matrix;
+    const sct_matrix* matrix;
     Finish finish;
     float* y;
 };
 
 const char* linear(const Part* parts, int count, const float* x, int64_t n, int64_t stride, int threads);
-const char* conv(const Matrix&, const float* x, const sct_images&, const Finish&, int threads, float* y);
+const char* conv(const sct_matrix&, const float* x, const sct_images&, const Finish&, int threads, float* y);
 
 }  // namespace sct

@@ -44,6 +44,8 @@ bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/compat_memory.py
 	$(BIN)/python benchmarks/real_nets.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/sparse_kernels.py
+	$(BIN)/python benchmarks/sparse_models.py
 	$(BIN)/python benchmarks/tables.py
 
 zoo: setup  ## an hour: every timm family, Hugging Face and torchvision models; picks up where it stopped

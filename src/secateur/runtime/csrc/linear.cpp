@@ -1,4 +1,4 @@
-// Linear layers: one token at once, or panels of tokens that are transposed first.
+// Linear layers: a few tokens one by one, or panels of tokens that are transposed first.
 #include <algorithm>
 #include <cstring>
 
@@ -7,23 +7,40 @@
 namespace sct {
 namespace {
 
-void one_token(const Matrix& m, const float* x, const Finish& finish, int threads, float* y) {
+// The outputs of one token from ``row`` to ``end``. A row of tokens and a token of rows look the same.
+void finish_rows(const Finish& finish, int64_t row, int64_t end, float* y) {
+    if (!finish.bias && !finish.residual && finish.activation == SCT_NONE) return;
+    float sums[PANEL];
+    for (int64_t r = row; r < end; r += PANEL) {
+        const int64_t some = end - r < PANEL ? end - r : PANEL;
+        std::memset(sums, 0, sizeof sums);
+        std::memcpy(sums, y + r, size_t(some) * 4);
+        if (finish.bias)
+            for (int64_t j = 0; j < some; j++) sums[j] += finish.bias[r + j];
+        in_use->finish_row(sums, 0, finish.residual ? finish.residual + r : nullptr, finish.activation, some, y + r);
+    }
+}
+
+// As many tokens as are faster one by one than in a panel, which costs the same for 1 to 16.
+int64_t few(const Matrix& m) {
+    if (m.format == Format::blocks) return m.height == 16 ? 4 : m.height == 4 ? 2 : 1;
+    if (in_use == &portable::kernels) return 1;
+    const double density = double(m.count) / (double(m.rows) * double(m.cols) + 1);
+    return std::max(int64_t(density * (m.value == Value::f32 ? 12 : 24) + 0.5), int64_t(1));
+}
+
+// Tokens one by one, for a few strips each, so that all but the first find the weights in the cache.
+void few_tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads, float* y) {
     const Pieces pieces(m, threads > 1 ? threads * PIECES : 1);
     parallel(pieces.count, threads, [&](int64_t i) {
-        const uint32_t first = pieces.bounds[i], last = pieces.bounds[i + 1];
-        if (first == last) return;
-        in_use->decode(m, first, last, x, y);
-        const int64_t row = int64_t(first) * STRIP, end = int64_t(last) * STRIP < m.rows ? int64_t(last) * STRIP : m.rows;
-        if (!finish.bias && !finish.residual && finish.activation == SCT_NONE) return;
-        // A row of tokens and a token of rows look the same.
-        float sums[PANEL];
-        for (int64_t r = row; r < end; r += PANEL) {
-            const int64_t some = end - r < PANEL ? end - r : PANEL;
-            std::memset(sums, 0, sizeof sums);
-            std::memcpy(sums, y + r, size_t(some) * 4);
-            if (finish.bias)
-                for (int64_t j = 0; j < some; j++) sums[j] += finish.bias[r + j];
-            in_use->finish_row(sums, 0, finish.residual ? finish.residual + r : nullptr, finish.activation, some, y + r);
+        const uint32_t end = pieces.bounds[i + 1], step = n == 1 ? end : GROUP;
+        for (uint32_t first = pieces.bounds[i]; first < end; first += std::min(step, end - first)) {
+            const uint32_t last = first + std::min(step, end - first);
+            for (int64_t t = 0; t < n; t++) {
+                in_use->decode(m, first, last, x + t * stride, y + t * m.rows);
+                const int64_t rows = std::min(int64_t(last) * STRIP, int64_t(m.rows));
+                finish_rows(finish.from(0, t * m.rows), int64_t(first) * STRIP, rows, y + t * m.rows);
+            }
         }
     });
 }
@@ -68,13 +85,17 @@ void tokens(const sct_matrix& m, const float* panels_of_x, int64_t n, const Fini
 }  // namespace
 
 const char* linear(const Part* parts, int count, const float* x, int64_t n, int64_t stride, int threads) {
-    if (n == 1) {
-        for (int i = 0; i < count; i++) one_token(*parts[i].matrix, x, parts[i].finish, threads, parts[i].y);
-        return nullptr;
+    const float* panels = nullptr;
+    for (int i = 0; i < count; i++) {
+        const sct_matrix& m = *parts[i].matrix;
+        if (n <= few(m)) {
+            few_tokens(m, x, n, stride, parts[i].finish, threads, parts[i].y);
+            continue;
+        }
+        if (!panels) panels = packed(x, n, stride, m.cols, threads);
+        if (!panels) return "no memory for the activations";
+        tokens(m, panels, n, parts[i].finish, threads, parts[i].y);
     }
-    const float* const panels = packed(x, n, stride, parts[0].matrix->cols, threads);
-    if (!panels) return "no memory for the activations";
-    for (int i = 0; i < count; i++) tokens(*parts[i].matrix, panels, n, parts[i].finish, threads, parts[i].y);
     return nullptr;
 }
 

@@ -4,9 +4,10 @@
     python benchmarks/packed_files.py mobilenetv2 # only rows whose name has that in it
 
 Networks with real weights, and a stack of eight 4096-wide layers with random ones, are masked by magnitude and saved
-with and without ``packed``. At TIMED they are also loaded in three ways that take turns. Each time is the median of ROUNDS, every one in a process of its own that has imported
-everything and run nothing, with the file taken out of the system's page cache before. It begins with the dense model of
-the user's class at hand, and ends when the model is loaded, or when it has answered once.
+with and without ``packed``. At TIMED they are also loaded, in three ways that take turns. Each time is the median of
+ROUNDS, every one in a process of its own that has imported everything and run nothing, with the files taken out of the
+system's page cache before. It begins with the dense model of the user's class at hand, and ends when the model is
+loaded, or when it has answered once.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def row(net: str, model: nn.Module, pattern: str, sparsity: int) -> dict[str, An
 def main() -> None:
     if why := kernels.why_missing():
         sys.exit(why)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the processes' parent finds this file, to import all
     PROCESSES.set_forkserver_preload([Path(__file__).stem])
     rows = common.rows("packed_files", today=True)
     for net, (make, _) in NETS.items():

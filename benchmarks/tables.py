@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import Any
 
 import common
+import sparse_tables
 from common import Row
 from secateur.files import read_json, write_atomic
 from secateur.report.html import count, size
@@ -237,6 +238,29 @@ def _audit(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         )
 
 
+def _files(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
+    """A line for each network and pattern: the packed file as a part of the dense one, and times at one sparsity."""
+    parts = sorted({row["sparsity"] for row in rows.values()})
+    ways = ("whole", "packed", "engine")
+    timed = next((f"{row['sparsity']} %" for row in rows.values() if "load" in row), "-")
+    yield (
+        *("network", "pattern", "dense file", *(f"{part} % zeros" for part in parts), f"masked weights at {timed}"),
+        *(f"load at {timed}, ms: dense file", "packed", "packed, engine"),
+        *("first answer, ms: dense file", "packed", "packed, engine"),
+    )
+    lines: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows.values():
+        lines.setdefault((row["net"], row["pattern"]), {})[row["sparsity"]] = row
+    for (net, pattern), found in lines.items():
+        at = next((row for row in found.values() if "load" in row), None)
+        yield (
+            *(net, pattern, size(next(iter(found.values()))["file"][0])),
+            *(f"{row['file'][1] / row['file'][0]:.1%}" if (row := found.get(part)) else "-" for part in parts),
+            f"{at['masked weights'][1] / at['masked weights'][0]:.1%}" if at else "-",
+            *(f"{1000 * at[what][way]:.0f}" if at else "-" for what in ("load", "first answer") for way in ways),
+        )
+
+
 FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "first_road": _roads,
     "analyze_cost": _analyze,
@@ -251,6 +275,10 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "criteria_cost": _costs,
     "curves": _curves,
     "promise_audit": _audit,
+    "packed_files": _files,
+    "sparse_kernels": sparse_tables.kernels,
+    "sparse_models": sparse_tables.models,
+    "gpu": sparse_tables.gpu,
 }
 
 

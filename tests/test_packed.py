@@ -8,7 +8,9 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +20,14 @@ from typer.testing import CliRunner
 
 from nets import build
 from secateur import api, store
+from secateur.apply.mask import mask
 from secateur.cli import app
 from secateur.errors import DataError, PruneError, SpecError, TargetError
 from secateur.patterns import Block, parse
+from secateur.report import Report
 from secateur.runtime import disk, kernels
 from secateur.runtime.formats import check, expand, pack, read_header
+from secateur.store import Result
 
 engine = pytest.mark.skipif(bool(kernels.why_missing()), reason=kernels.why_missing())
 
@@ -32,18 +37,29 @@ def mlp() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Linear(256, 384), nn.ReLU(), nn.Linear(384, 256)).eval(), torch.randn(4, 256)
 
 
+def masked(model: nn.Module, inputs: Any, pattern: str = "unstructured", budget: str | None = "sparsity=90%") -> Result:
+    plan = api.plan(model, inputs, pattern=pattern, budget=budget)
+    return Result(mask(model, plan), plan, Report("masked", ()), inputs)
+
+
 def saved(folder: Path, net: str = "", pattern: str = "unstructured", budget: str | None = "sparsity=90%"):
     model, inputs = build(net) if net else mlp()
-    result = api.prune(model, inputs, pattern=pattern, budget=budget)
+    result = masked(model, inputs, pattern, budget)
     store.save(result, folder / "out", packed=True)
     return model, inputs, result, folder / "out"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_page() -> Iterator[None]:
+    """Saving draws no report.html, which takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "save_html", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("secateur.report.log.SECONDS", 0.02)
-        return saved(tmp_path_factory.mktemp("packed"))[-1]
+    return saved(tmp_path_factory.mktemp("packed"))[-1]
 
 
 @pytest.fixture
@@ -125,7 +141,7 @@ def test_half_the_weights_take_a_mask_and_few_zeros_nothing(tmp_path: Path) -> N
 def test_halves_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = mlp()
     model, inputs = model.to(dtype), inputs.to(dtype)
-    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=90%")
+    result = masked(model, inputs)
     store.save(result, tmp_path, packed=True)
     values = {read_header(load_file(tmp_path / store.WEIGHTS)[f"{i}.weight"]).format.values for i in (0, 2)}
     assert values == {"bfloat16" if dtype == torch.bfloat16 else "float32"}
@@ -134,7 +150,7 @@ def test_halves_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_doubles_stay_as_they_are(tmp_path: Path) -> None:
     model, inputs = mlp()
-    result = api.prune(model.double(), inputs.double(), pattern="unstructured", budget="sparsity=90%")
+    result = masked(model.double(), inputs.double())
     store.save(result, tmp_path, packed=True)
     assert load_file(tmp_path / store.WEIGHTS)["0.weight"].dtype == torch.float64
     assert same(store.load(tmp_path, model), result.model)
@@ -214,17 +230,30 @@ def test_the_engine_gives_what_the_model_gives(net: str, pattern: str, tmp_path:
 
 
 @engine
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_run_on_the_engine(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = mlp()
+    result = masked(model.to(dtype), inputs.to(dtype))
+    store.save(result, tmp_path, packed=True)
+    loaded = store.load(tmp_path, model, target="cpu-sparse")
+    with torch.no_grad():
+        found, expected = loaded(inputs.to(dtype)), result.model.eval()(inputs.to(dtype))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+@engine
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_layers_of_encoders_keep_away_from_the_fused_operator(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     model, inputs = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 64)
-    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=80%")
+    result = masked(model, inputs, budget="sparsity=80%")
     store.save(result, tmp_path, packed=True)
     loaded = store.load(tmp_path, model, target="cpu-sparse")
-    masked = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
-        for given in ({}, {"src_key_padding_mask": masked}):
+        for given in ({}, {"src_key_padding_mask": padding}):
             found, expected = loaded(inputs, **given), result.model.eval()(inputs, **given)
             torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-4, atol=1e-5)
     kinds = {name: type(module).__name__ for name, module in loaded.named_modules()}
@@ -272,7 +301,7 @@ if target:
 def test_packed_weights_are_mapped_and_not_expanded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False))
-    result = api.prune(model, torch.zeros(1, 4096), pattern="unstructured", budget="sparsity=80%")
+    result = masked(model, torch.zeros(1, 4096), budget="sparsity=80%")
     store.save(result, tmp_path, packed=True)
 
     def run(target: str) -> list[str]:
@@ -300,7 +329,7 @@ def test_files_that_another_tool_wrote_out_of_line_are_copied(tmp_path: Path) ->
 @engine
 def test_targets_that_have_nothing_to_run(tmp_path: Path) -> None:
     model, inputs = mlp()
-    result = api.prune(model, inputs, pattern="unstructured", budget="sparsity=90%")
+    result = masked(model, inputs)
     store.save(result, tmp_path)
     with pytest.raises(TargetError, match="holds no packed weight"):
         store.load(tmp_path, model, target="cpu-sparse")

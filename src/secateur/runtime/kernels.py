@@ -143,12 +143,20 @@ def conv(
 ) -> Tensor:
     """The same of a convolution: x (batch, channels, height, width); walk: kernel, stride, padding, dilation."""
     handle = opened(packed)
-    kernel = walk[0]
+    kernel, stride, padding, dilation = walk
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
+        raise DataError(
+            f"kernel, stride and dilation of a convolution are at least 1 and padding is not negative, found "
+            f"{kernel}, {stride}, {dilation} and {padding}"
+        )
     if x.ndim != 4 or x.shape[1] * kernel[0] * kernel[1] != handle.cols:
         expected = f"(batch, {handle.cols / (kernel[0] * kernel[1]):g}, height, width)"
         raise DataError(f"expected activations of shape {expected}, found {list(x.shape)}")
     x = _plain("x", x)
-    y = x.new_empty(x.shape[0], handle.rows, *image_size(x.shape[2:], *walk))
+    size = image_size(x.shape[2:], *walk)
+    if min(size) < 1:
+        raise DataError(f"the kernel {kernel} is larger than the padded image of {list(x.shape[2:])}")
+    y = x.new_empty(x.shape[0], handle.rows, *size)
     images = _Images(*x.shape, *((c_int64 * 2)(*pair) for pair in walk))
     finish = _Finish()
     held = _fill(finish, bias, residual, activation, (handle.rows,), y)

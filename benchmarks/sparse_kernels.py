@@ -209,7 +209,7 @@ def _macs(place: Place) -> int:
     return place.module.weight.numel() * place.shape[0] * torch.Size(place.shape[2:]).numel()
 
 
-def run(words: list[str], counts: list[int], quick: bool) -> None:
+def run(words: list[str], counts: list[int], quick: bool, seconds: float) -> None:
     rows = {} if quick else common.rows("sparse_kernels", today=True)
     for threads in counts:
         torch.set_num_threads(threads)
@@ -222,7 +222,7 @@ def run(words: list[str], counts: list[int], quick: bool) -> None:
                     continue
                 x = torch.randn(place.shape, generator=torch.Generator().manual_seed(1))
                 baselines = baselines or dense(place, threads, x)
-                found = measured(place, sparsity, threads, 0.5 if quick else 6.0, baselines)
+                found = measured(place, sparsity, threads, 0.5 if quick else seconds, baselines)
                 rows |= {key(place, form, sparsity, threads): row for form, row in found.items()}
                 if not quick:
                     common.save("sparse_kernels", rows)
@@ -250,11 +250,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Single layers on the sparse engine against dense runtimes.")
     parser.add_argument("words", nargs="*", help="only layers whose name has all of these in it")
     parser.add_argument("--threads", type=int, action="append", help="1 and 2 unless told; repeatable")
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long all forms at one sparsity are timed")
     parser.add_argument("--quick", action="store_true", help="90 %% only, for an instant; nothing is written")
     wish = parser.parse_args()
     if why := kernels.why_missing():
         sys.exit(why)
-    run(wish.words, wish.threads or [1, 2], wish.quick)
+    run(wish.words, wish.threads or [1, 2], wish.quick, wish.seconds)
 
 
 if __name__ == "__main__":

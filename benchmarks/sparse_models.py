@@ -216,7 +216,7 @@ def measured(net: Net, threads: int, seconds: float, keep: Callable[[dict[Wish, 
         keep(rows)
 
 
-def run(words: list[str], counts: list[int], quick: bool) -> None:
+def run(words: list[str], counts: list[int], quick: bool, seconds: float) -> None:
     rows = {} if quick else common.rows("sparse_models", today=True)
     for load in NETS:
         if words and load.__name__ not in words:
@@ -239,7 +239,7 @@ def run(words: list[str], counts: list[int], quick: bool) -> None:
                 if not quick:
                     common.save("sparse_models", rows)
 
-            measured(net, threads, 0.5 if quick else 8.0, keep)
+            measured(net, threads, 0.5 if quick else seconds, keep)
             for key, row in rows.items():
                 if key.startswith(start):
                     told(key, row)
@@ -258,11 +258,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whole networks on the sparse engine against dense runtimes.")
     parser.add_argument("nets", nargs="*", help=f"only these of {', '.join(load.__name__ for load in NETS)}")
     parser.add_argument("--threads", type=int, action="append", help="1 and 2 unless told; repeatable")
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long a network is timed with each runtime")
     parser.add_argument("--quick", action="store_true", help="for an instant; nothing is written")
     wish = parser.parse_args()
     if why := kernels.why_missing():
         sys.exit(why)
-    run(wish.nets, wish.threads or [1, 2], wish.quick)
+    run(wish.nets, wish.threads or [1, 2], wish.quick, wish.seconds)
 
 
 if __name__ == "__main__":

@@ -327,6 +327,22 @@ def test_files_that_another_tool_wrote_out_of_line_are_copied(tmp_path: Path) ->
 
 
 @engine
+def test_layers_with_hooks_and_a_layer_alone_are_expanded(tmp_path: Path) -> None:
+    model, inputs = mlp()
+    model[0].register_forward_hook(lambda module, args, output: output + 1)
+    result = masked(model, inputs)
+    store.save(result, tmp_path / "hooked", packed=True)
+    loaded = store.load(tmp_path / "hooked", model, target="cpu-sparse")
+    assert [type(layer).__name__ for layer in loaded] == ["Linear", "ReLU", "SparseLinear"]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(inputs), result.model(inputs), rtol=1e-4, atol=1e-5)
+    alone = nn.Linear(64, 64)
+    store.save(masked(alone, torch.randn(1, 64)), tmp_path / "alone", packed=True)
+    with pytest.raises(TargetError, match="holds no packed weight of a layer"):
+        store.load(tmp_path / "alone", alone, target="cpu-sparse")
+
+
+@engine
 def test_targets_that_have_nothing_to_run(tmp_path: Path) -> None:
     model, inputs = mlp()
     result = masked(model, inputs)

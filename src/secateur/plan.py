@@ -169,7 +169,7 @@ class Plan:
         if kept.keys() != self.units.keys() | self.masks.keys():
             raise DataError(f"{path}: the allocation is for other places than the flags")
         for name, flags in (*self.units.items(), *self.masks.items()):
-            n, size = int(flags.sum()), flags.numel()
+            n, size = int(flags.count_nonzero()), flags.numel()
             blocks = isinstance(patterns.parse(self.pattern), patterns.Block)  # those are counted, not their weights
             if (n, size) != (kept[name], total[name]) and not blocks:
                 raise DataError(f"{path}: {name!r} keeps {n} of {size}, its allocation {kept[name]} of {total[name]}")

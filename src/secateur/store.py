@@ -227,11 +227,12 @@ def _for_engine(folder: Path, saved: About, dense: nn.Module, state: Mapping[str
     """The packed weights that layers can run on, each checked to its last index."""
     if why := kernels.why_missing():
         raise TargetError(why)
-    from secateur.runtime.attach import product_of
+    from secateur.runtime.attach import products_of
 
     found = {}
+    products = products_of(dense) if saved.form == "module" else {}
     for name, of in saved.packed.items():
-        product = product_of(dense, name) if saved.form == "module" else None
+        product = products.get(name)
         if product is not None and product.groups == of.groups:
             _require(folder, name, product.weight, (of.shape, getattr(torch, of.dtype)))
             with _naming(folder, name, state):

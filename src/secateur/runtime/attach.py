@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,21 +34,20 @@ def replace_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[name] = new
 
 
-def product_of(model: nn.Module, name: str) -> Product | None:
-    """The layer that has the weight of that name, where the engine can take its place: nothing else may see it."""
-    path, _, attribute = name.rpartition(".")
-    modules = dict(model.named_modules())
-    module = modules.get(path)
-    if module is None or attribute != "weight" or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    holders = sum(module.weight is p for each in modules.values() for p in each._parameters.values() if p is not None)
-    product = of_module(path, module, ())
-    return product if holders == 1 and not isinstance(product, str) else None
+def products_of(model: nn.Module) -> dict[str, Product]:
+    """By the names of their weights, the layers in whose place the engine can be put: nothing else may see a weight."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = {}
+    for path, module in model.named_modules():
+        product = of_module(path, module, ())
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if path and not hooked and not isinstance(product, str) and holders[id(product.weight)] == 1:
+            found[f"{path}.weight"] = product
+    return found
 
 
 def attach_(model: nn.Module, packed: Mapping[str, Tensor]) -> None:
-    """Let layers run on packed weights, by the names of their own; ``product_of`` must have found them all."""
+    """Let layers run on packed weights, by the names of their own; ``products_of`` must have found them all."""
+    products = products_of(model)
     for name, tensor in packed.items():
-        product = product_of(model, name)
-        assert product is not None
-        replace_(model, model.get_submodule(product.name), product.by_engine(tensor))
+        replace_(model, model.get_submodule(products[name].name), products[name].by_engine(tensor))

@@ -1,5 +1,5 @@
-// Damaged and random bytes: the engine must refuse them, or make a weight whose products stay within their bounds, which
-// is for the sanitizers to see.
+// Damaged and random bytes: the engine must refuse them, or make a weight whose products stay within their bounds,
+// which is for the sanitizers to see.
 #include "fuzz.h"
 
 #include <cstdio>
@@ -55,7 +55,8 @@ long fuzz(Random& random, long cases) {
     static const char* const ISAS[] = {"portable", "avx2", "avx512"};
     long refused = 0, taken = 0, broken = 0;
     for (long i = 0; i < cases; i++) {
-        std::vector<uint8_t> bytes = pack(random_weight(random, random.below(40), random.below(150), random.chance(0.5)));
+        const uint32_t rows = random.below(40), cols = random.below(150);
+        std::vector<uint8_t> bytes = pack(random_weight(random, rows, cols, random.chance(0.5)));
         if (random.chance(0.02))
             for (uint8_t& byte : bytes) byte = uint8_t(random.next());
         else

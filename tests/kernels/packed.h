@@ -1,5 +1,5 @@
-// Random weights, and their bytes as docs/format.md has them: written anew here, so that what the library packs and what
-// it reads cannot be wrong in the same way.
+// Random weights, and their bytes as docs/format.md has them: written anew here, so that what the library packs and
+// what it reads cannot be wrong in the same way.
 #pragma once
 #include <cstdint>
 #include <cstdlib>

@@ -1,8 +1,8 @@
 // One bit a weight, and the values of the bits that are set.
 //
-// Times a panel of tokens, bits become column indices, some words at a time, and the rest is as for CSR. Times one token,
-// values are spread over the places of their bits: work for every weight, whether it is there or not, but in vectors;
-// by AVX-512's "expand", by a table for AVX2. The portable build takes the bits one by one.
+// Times a panel of tokens, bits become column indices, some words at a time, and the rest is as for CSR. Times one
+// token, values are spread over the places of their bits: work for every weight, whether it is there or not, but in
+// vectors; by AVX-512's "expand", by a table for AVX2. The portable build takes the bits one by one.
 #include "bitmask.h"
 
 #include <cstdlib>
@@ -158,8 +158,8 @@ inline __m512i zeros() {
     return v;
 }
 
-// The weights of 64 places, of which those with a bit have values. Counting the bits of every part of the word by itself
-// keeps one part from waiting for the one before.
+// The weights of 64 places, of which those with a bit have values. Counting the bits of every part of the word by
+// itself keeps one part from waiting for the one before.
 inline void spread(uint64_t bits, const float* at, __m512i zero, Vec (&weights)[4]) {
     const auto some = [&](uint64_t mask, const float* from) __attribute__((always_inline)) {
         return Vec(_mm512_mask_expand_epi32(zero, __mmask16(mask), _mm512_loadu_si512(from)));

@@ -1,13 +1,9 @@
 // int8 blocks of 4 rows times activations of 8 bits, added up in integers.
 //
-// Instructions for this (AVX-512 VNNI) take four products of one row at once. Four blocks together are that: 4 rows, and
-// 4 columns whose activations are interleaved on the way. Activations come as q + 128, since one factor must be unsigned;
-// 128 times the sum of a row's weights is taken off at the end.
+// Instructions for this (AVX-512 VNNI) take four products of one row at once. Four blocks together are that: 4 rows,
+// and 4 columns whose activations are interleaved on the way. Activations come as q + 128, since one factor must be
+// unsigned; 128 times the sum of a row's weights is taken off at the end.
 #include "int8.h"
-
-#if defined(__AVX512VNNI__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace sct {
 namespace SCT_ISA {
@@ -16,7 +12,13 @@ namespace {
 typedef uint32_t Sums __attribute__((vector_size(SCT_LANES * 4)));  // modulo 2^32: what passes over comes back
 typedef uint8_t Small __attribute__((vector_size(SCT_LANES)));
 
-inline Sums widened(Small bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Sums); }
+inline Sums widened(Small bytes) {
+#if defined(__AVX512F__)
+    return Sums(_mm512_maskz_cvtepu8_epi32(0xffff, __m128i(bytes)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Sums);
+#endif
+}
 
 // The blocks that are multiplied together, and the tokens (times LANES).
 #if defined(__AVX512VNNI__)
@@ -65,9 +67,11 @@ inline void multiply(const int8_t* values, const uint8_t* const (&at)[2], Sums (
     static_assert(T == 2, "16 tokens");
     const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[0]));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at[1]));
-    const __m256i tokens[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b)), _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b))};
+    const __m256i tokens[2] = {_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b)),
+                               _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b))};
     for (int r = 0; r < 4; r++) {
-        const __m256i weights = _mm256_set1_epi32(int32_t(uint16_t(values[r]) | uint32_t(uint16_t(values[r + 4])) << 16));
+        const uint32_t pair = uint16_t(values[r]) | uint32_t(uint16_t(values[r + 4])) << 16;
+        const __m256i weights = _mm256_set1_epi32(int32_t(pair));
         for (int t = 0; t < 2; t++) sums[r][t] += Sums(_mm256_madd_epi16(tokens[t], weights));
     }
 }
@@ -123,9 +127,10 @@ void strip_tokens(const Matrix& m, const int32_t* row_sums, uint32_t strip, cons
 }
 
 template <class Index>
-void by_width(const Matrix& m, const int32_t* sums, uint32_t strip, const uint8_t* x, const float* scales, int64_t width,
-              float* tile) {
-    if (width == PANEL && WIDEST * LANES == PANEL) return strip_tokens<WIDEST, Index>(m, sums, strip, x, scales, width, tile);
+void by_width(const Matrix& m, const int32_t* sums, uint32_t strip, const uint8_t* x, const float* scales,
+              int64_t width, float* tile) {
+    if (width == PANEL && WIDEST * LANES == PANEL)
+        return strip_tokens<WIDEST, Index>(m, sums, strip, x, scales, width, tile);
     constexpr int T = 16 / LANES;
     for (int64_t t = 0; t < width; t += 16) strip_tokens<T, Index>(m, sums, strip, x + t, scales + t, width, tile + t);
 }
@@ -168,7 +173,11 @@ void quantize(const float* panel, const float* inverse, int64_t cols, int64_t wi
 #endif
         for (int64_t t = 0; t < width; t += LANES) {
             const Ints exact = rounded(load(panel + t), load(inverse + t));
+#if defined(__AVX512F__)
+            const Small q = Small(_mm512_maskz_cvtepi32_epi8(0xffff, __m512i(exact)));
+#else
             const Small q = __builtin_convertvector(__builtin_convertvector(exact, Halves), Small);
+#endif
             std::memcpy(bytes + t, &q, sizeof q);
         }
     }

@@ -30,7 +30,8 @@ int64_t few(const Matrix& m) {
 }
 
 // Tokens one by one, for a few strips each, so that all but the first find the weights in the cache.
-void few_tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads, float* y) {
+void few_tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish, int threads,
+                float* y) {
     const Pieces pieces(m, threads > 1 ? threads * PIECES : 1);
     parallel(pieces.count, threads, [&](int64_t i) {
         const uint32_t end = pieces.bounds[i + 1], step = n == 1 ? end : GROUP;

@@ -59,6 +59,7 @@ def several(make: Make, weight_bytes: float, cold: bool) -> Run:
 
 def dense(model: nn.Module, inputs: Any, threads: int, *, cold: bool = False) -> dict[str, tuple[str, Make]]:
     """By name the precision of every dense runtime and how to make it. Inputs: as for ``secateur.measure``."""
+    torch._dynamo.reset()  # what was compiled for another number of threads, or is no longer there
     half = _to(inputs, torch.bfloat16)
     forms: dict[str, tuple[str, Make]] = {
         "torch": ("float32", lambda: eager(copy.deepcopy(model) if cold else model, inputs)),
@@ -98,7 +99,6 @@ def eager(model: nn.Module, inputs: Any) -> Run:
 
 
 def compiled(model: nn.Module, inputs: Any, freezing: bool = True) -> Run:
-    torch._dynamo.reset()
     done = torch.compile(model.requires_grad_(False), options={"freezing": freezing})
     with torch.inference_mode():
         call(done, inputs)

@@ -46,7 +46,7 @@ def test_networks_and_cards_have_their_lines() -> None:
     timed = {"ms": [3.0, 2, 4], "times_as_fast": {"torch": [5.0, 4, 6]}, "forms": {"4x1": 7, "dense": 9}, "error": 1e-6}
     head, *lines = sparse_tables.models({"a": network | timed, "b": network | {"refused": "no engine"}})
     assert {len(line) for line in lines} == {len(head)}
-    assert lines[0][:6] == ("bert", "1", "block:4x1", "90%", "3", "5.00")
+    assert lines[0][:7] == ("bert", "1", "block:4x1", "90%", "3", "-", "5.00")
     assert lines[0][-2:] == ("9 dense, 7 4x1", "1e-06")
     assert "no engine" in lines[1]
     rows = {

@@ -40,12 +40,6 @@ const char* sct_open(const void* bytes, uint64_t size, sct_matrix** matrix) {
         delete made;
         return wrong;
     }
-    try {
-        made->sums = sct::row_sums(*made);
-    } catch (const std::bad_alloc&) {
-        delete made;
-        return "no memory";
-    }
     *matrix = made;
     return nullptr;
 }
@@ -62,7 +56,7 @@ const char* sct_linear(const sct_matrix* matrix, const float* x, int64_t n, int6
 }
 
 const char* sct_linears(const sct_matrix* const* matrices, int32_t count, const float* x, int64_t n, int64_t stride,
-                        const sct_finish* finishes, float* const* ys) {
+                        const sct_finish* finishes, float* const* ys) try {
     constexpr int MOST = 16;
     if (count < 0 || count > MOST) return "more than 16 layers at once";
     if (n < 0 || stride < 0) return "a size is negative";
@@ -79,7 +73,7 @@ const char* sct_linears(const sct_matrix* const* matrices, int32_t count, const 
         const double mine = double(n) * double(m.count) * m.height;
         if (finish.quantize) {
             const int helpers = sct::worthwhile(finish.threads, mine);
-            const char* message = sct::quantized_linear(m, m.sums.data(), x, n, stride, after, helpers, ys[i]);
+            const char* message = sct::quantized_linear(m, x, n, stride, after, helpers, ys[i]);
             if (message) return message;
             continue;
         }
@@ -88,14 +82,18 @@ const char* sct_linears(const sct_matrix* const* matrices, int32_t count, const 
         threads = finish.threads;
     }
     return some ? sct::linear(parts, some, x, n, stride, sct::worthwhile(threads, work)) : nullptr;
+} catch (const std::bad_alloc&) {
+    return "no memory";
 }
 
 const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images, const sct_finish* finish,
-                     float* y) {
+                     float* y) try {
     if (const char* message = sct::wrong(finish)) return message;
     if (finish->quantize) return "activations are quantized only for linear layers";
     const sct::Finish after{finish->bias, finish->residual, finish->activation};
     return sct::conv(*matrix, x, *images, after, finish->threads, y);
+} catch (const std::bad_alloc&) {
+    return "no memory";
 }
 
 const char* sct_isa(void) { return sct::in_use->name; }

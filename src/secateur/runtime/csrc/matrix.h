@@ -41,18 +41,26 @@ struct Matrix {
 // NULL, or what is wrong with the bytes.
 const char* read_matrix(const void* bytes, uint64_t size, Matrix& matrix);
 
+// The sum of every row of int8 blocks of 4 rows, rows that fill the last block included.
+std::vector<int32_t> row_sums(const Matrix&);
+
 }  // namespace sct
 
 struct sct_matrix : sct::Matrix {
-    std::vector<int32_t> sums;  // of rows; for quantized activations
+    // Both are made when they are first asked for: most weights never need the one or the other.
+    const std::vector<int32_t>& sums() const {
+        std::call_once(summed_, [this] { sums_ = sct::row_sums(*this); });
+        return sums_;
+    }
 
-    // Made when they are first asked for: one token does not need them.
     const sct::Cuts& cuts() const {
         std::call_once(once_, [this] { cuts_ = sct::Cuts(*this); });
         return cuts_;
     }
 
   private:
+    mutable std::once_flag summed_;
+    mutable std::vector<int32_t> sums_;
     mutable std::once_flag once_;
     mutable sct::Cuts cuts_;
 };

@@ -39,9 +39,7 @@ void measure(const float* x, int64_t n, int64_t stride, int64_t cols, int thread
 }  // namespace
 
 std::vector<int32_t> row_sums(const Matrix& m) {
-    std::vector<int32_t> sums;
-    if (m.value != Value::i8 || m.format != Format::blocks || m.height != 4) return sums;
-    sums.resize(size_t(m.rows) + 3);
+    std::vector<int32_t> sums(size_t(m.rows) + 3);
     const int8_t* values = static_cast<const int8_t*>(m.values);
     for (uint32_t row = 0; row < m.rows; row += 4)
         for (uint32_t i = m.starts[row / 4]; i < m.starts[row / 4 + 1]; i++)
@@ -49,11 +47,12 @@ std::vector<int32_t> row_sums(const Matrix& m) {
     return sums;
 }
 
-const char* quantized_linear(const Matrix& m, const int32_t* sums, const float* x, int64_t n, int64_t stride,
-                             const Finish& finish, int threads, float* y) {
+const char* quantized_linear(const sct_matrix& m, const float* x, int64_t n, int64_t stride, const Finish& finish,
+                             int threads, float* y) {
     if (m.value != Value::i8 || m.format != Format::blocks || m.height != 4)
         return "activations are quantized only for int8 blocks of 4 rows";
     if (m.cols > MOST_COLS) return "activations are quantized only for up to 131072 columns";
+    const int32_t* const sums = m.sums().data();
     const Cut cut{n, int64_t(m.cols)};
     const int64_t cols = cut.cols, panels = cut.panels();
     float* const scales = room.of(size_t(panels * PANEL * 2 + (panels * PANEL * cols + 3) / 4));

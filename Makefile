@@ -46,6 +46,7 @@ bench: setup  ## hours; picks up where it stopped
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/sparse_kernels.py
 	$(BIN)/python benchmarks/sparse_models.py
+	$(BIN)/python benchmarks/packed_files.py
 	$(BIN)/python benchmarks/tables.py
 
 zoo: setup  ## an hour: every timm family, Hugging Face and torchvision models; picks up where it stopped

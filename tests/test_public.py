@@ -11,7 +11,7 @@ import pytest
 import secateur
 
 NAMES = """
-    Classification Plan PruneError Report analyze export keep_zeros load mask mask_ measure plan prune
+    Classification Plan PruneError Report analyze export keep_zeros load lower mask mask_ measure plan prune
     recalibrate_ recover save shrink shrink_
 """.split()  # noqa: SIM905
 

@@ -12,7 +12,7 @@ namespace {
 typedef uint32_t Sums __attribute__((vector_size(SCT_LANES * 4)));  // modulo 2^32: what passes over comes back
 typedef uint8_t Small __attribute__((vector_size(SCT_LANES)));
 
-inline Sums widened(Small bytes) {
+[[maybe_unused]] inline Sums widened(Small bytes) {
 #if defined(__AVX512F__)
     return Sums(_mm512_maskz_cvtepu8_epi32(0xffff, __m128i(bytes)));
 #else

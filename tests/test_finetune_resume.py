@@ -64,7 +64,7 @@ def test_a_killed_run_ends_as_one_that_was_not(processes, uninterrupted, tmp_pat
 
 def test_killed_again_and_again_at_any_time(processes, uninterrupted, tmp_path):
     kind, options = "ours", "sgd"
-    draw, deaths, patience = random.Random(0), 0, 0.1
+    draw, deaths, patience = random.Random(0), 0, 0.005
     while not (tmp_path / "out").exists():
         process = processes(target=work, args=(kind, options, tmp_path / "run", 0.0, tmp_path / "out", "", 0))
         process.start()

@@ -27,7 +27,8 @@ def write_atomic(path: Path, data: bytes | str | Iterable[bytes | memoryview]) -
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.writelines(pieces)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(_ordinary(0o666))

@@ -101,7 +101,8 @@ def test_cold_weights_are_many_and_take_turns() -> None:
     assert [run() for _ in range(6)] == [1, 2, 3, 1, 2, 3]
 
 
-def test_every_form_is_called_as_often() -> None:
+def test_every_form_is_called_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "AWAKE", 0.0)
     calls = {"a": 0, "b": 0}
 
     def called(name: str) -> Any:

@@ -12,9 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from secateur import patterns
-from secateur.allocate import Allocation, Counts, Ladder, Strategy, Uniform, best, climb, together
+from secateur.allocate import (
+    Allocation,
+    Counts,
+    Strategy,
+    Uniform,
+    Whole,
+    best,
+    climb,
+    counts,
+    fixed_counts,
+    ladder_of,
+    limit_of,
+    together,
+    unmet,
+)
 from secateur.allocate import resolve as resolve_strategy
-from secateur.budget import Budget, kept_count
+from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
 from secateur.criteria import Criterion, gives_losses, maskable, score, units_of
 from secateur.errors import BudgetError, PlanError, SpecError
@@ -102,15 +116,6 @@ def _read(pattern: str, budget: str | None, graph: Graph) -> tuple[Pattern, Budg
     return shape, wish
 
 
-def _ladder(strategy: Strategy, graph: Graph, units: Mapping[str, Tensor], *, relative: bool = False) -> Ladder:
-    """The strategy's ladder, given what it asks for."""
-    if "shapes" not in getattr(strategy, "needs", ()):
-        return strategy(units, relative)
-    members = {a.name: {m.tensor for m in a.members} & graph.weights.keys() for a in graph.axes}
-    shapes = {place: [graph.weights[n].shape for n in sorted(members.get(place, {place}))] for place in units}
-    return strategy(units, relative, shapes=shapes)
-
-
 Described = tuple[str, str, dict[str, str | int]]
 """Pattern, budget, and how the plan was made, as a plan notes them."""
 
@@ -160,60 +165,13 @@ def _masks(
 ) -> Plan:
     total = {n: u.numel() for n, u in units.items()}
     if wish.kind == "threshold":
-        kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()} | _fixed(overrides, total)
+        kept = {n: int((u >= float(wish.value)).sum()) for n, u in units.items()} | fixed_counts(overrides, total)
     else:
-        kept = _allocate_masks(graph, pattern, wish, units, total, strategy, overrides)
+        cost = graph.cost()
+        whole = Whole(cost.params, cost.macs)
+        kept = counts(graph.weights, whole, pattern, wish, units, total, strategy, overrides)
     masks = {n: patterns.spread(pattern, best(u, kept[n]), graph.weights[n]) for n, u in units.items()}
     return assemble(graph, described, Allocation(kept, total), masks=masks)
-
-
-def _allocate_masks(
-    graph: Graph,
-    pattern: Pattern,
-    wish: Budget,
-    units: Mapping[str, Tensor],
-    total: Mapping[str, int],
-    strategy: Strategy,
-    overrides: Mapping[str, float],
-) -> dict[str, int]:
-    weights, dense, size = graph.weights, graph.cost(), patterns.unit_size(pattern)
-    places = [(n, weights[n]) for n in units]
-
-    edges = {n: s for n, w in places if (s := patterns.edge_sizes(pattern, w)) is not None}
-    kept_in = {n: s[units[n].argsort(descending=True, stable=True).cpu()].cumsum(0) for n, s in edges.items()}
-
-    def elements(counts: Counts) -> dict[str, int]:
-        ragged = {n: int(sums[counts[n] - 1]) if counts[n] else 0 for n, sums in kept_in.items()}
-        return {n: ragged.get(n, counts[n] * size) for n, _ in places}
-
-    def cost(counts: Counts) -> float:
-        kept = elements(counts)
-        if wish.kind == "macs":
-            return dense.macs - sum(w.macs * (1 - kept[n] / w.numel) for n, w in places)
-        gone = sum(w.numel - kept[n] for n, w in places)
-        return (sum(w.numel for _, w in places) if wish.kind == "sparsity" else dense.params) - gone
-
-    everything = cost(total)
-    if wish.kind in ("size", "latency"):
-        raise BudgetError(
-            f"{wish} cannot be met by pattern {pattern}: zeros in dense tensors take the same bytes and the same time, "
-            f"so the nearest possible is {wish.kind}=100%; use pattern='channel', or a sparsity budget"
-        )
-    limit = limit_of(wish, everything)
-    fixed = _fixed(overrides, total)
-
-    def shaped(counts: Counts) -> dict[str, int]:
-        return {n: fixed.get(n, count) for n, count in counts.items()}
-
-    ladder = _ladder(strategy, graph, units)
-    if size == 1 and not fixed and wish.kind in ("sparsity", "params"):
-        exact = ladder.kept(min(ladder.rungs, max(0, round(everything - limit))))
-        if cost(exact) == limit:  # rungs usually count single weights, so this one is known without a search
-            return exact
-    found = climb(ladder, shaped, lambda counts: cost(counts) <= limit)
-    if found is None:
-        raise unmet(wish, cost(shaped(ladder.kept(ladder.rungs))), everything)
-    return found
 
 
 def _require_nm(pattern: NM, wish: Budget | None) -> None:
@@ -241,7 +199,9 @@ def _channels(
     described: Described,
 ) -> Plan:
     total = {name: len(s) for name, s in pooled.items()}
-    fixed = {n: _rounded(max(k, least[n]), total[n], pattern.multiple) for n, k in _fixed(overrides, total).items()}
+    fixed = {
+        n: _rounded(max(k, least[n]), total[n], pattern.multiple) for n, k in fixed_counts(overrides, total).items()
+    }
     order = {name: s.argsort(descending=True, stable=True).numpy() for name, s in pooled.items()}
 
     def allowed(name: str, count: int) -> int:
@@ -268,7 +228,9 @@ def _channels(
         everything = measure(graph.cost())
         limit = limit_of(wish, everything)
         compared = _per_cost(graph, measure, pooled) if losses else pooled
-        ladder = _ladder(strategy, graph, compared, relative=not losses)
+        weighed = {a.name: sorted({m.tensor for m in a.members} & graph.weights.keys()) for a in graph.axes}
+        shapes = {axis: [graph.weights[n].shape for n in weighed[axis]] for axis in compared}
+        ladder = ladder_of(strategy, compared, shapes, relative=not losses)
         found = climb(ladder, shaped, lambda counts: measure(graph.cost(flags(counts))) <= limit)
         if found is None:
             smallest = measure(graph.cost(flags(shaped(ladder.kept(ladder.rungs)))))
@@ -342,33 +304,6 @@ def measure_of(wish: Budget) -> Callable[[Cost], int]:
 
 
 # --- both ------------------------------------------------------------------------------------------
-
-
-def limit_of(wish: Budget, everything: float) -> float:
-    """What may remain of the whole."""
-    if wish.kind == "sparsity":
-        return kept_count(wish.value, int(everything))
-    return wish.limit(everything)
-
-
-def _fixed(overrides: Mapping[str, float], total: Mapping[str, int]) -> dict[str, int]:
-    """Kept counts of the places that an override names; the last glob that matches counts."""
-    fixed = {}
-    for glob, part in overrides.items():
-        for name in matching([glob], total, "override"):
-            fixed[name] = kept_count(Fraction(str(part)), total[name])
-    return fixed
-
-
-def unmet(wish: Budget, least: float, everything: float) -> BudgetError:
-    """The error for a budget that cannot be met, where ``least`` of the whole must remain."""
-    part = least / everything if everything else 1.0
-    nearest = f"sparsity={1 - part:.2%}" if wish.kind == "sparsity" else f"{wish.kind}={part:.2%} ({least:,.0f})"
-    return BudgetError(
-        f"{wish} cannot be met: what is frozen, ignored, fixed by overrides, or kept as a minimum leaves more than "
-        f"that; the nearest possible is {nearest}",
-        part,
-    )
 
 
 def assemble(

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur import criteria, patterns, planning
-from secateur.allocate import Allocation, Sensitivity, Strategy, resolve
+from secateur.allocate import Allocation, Sensitivity, Strategy, limit_of, resolve, unmet
 from secateur.apply.oracle import ZeroedProgram
 from secateur.budget import Budget
 from secateur.budget import parse as parse_budget
@@ -34,7 +34,7 @@ from secateur.graph.trace import run
 from secateur.graph.types import Flags
 from secateur.names import Choice, chosen
 from secateur.plan import Plan
-from secateur.planning import Described, assemble, describe, limit_of, measure_of, unmet
+from secateur.planning import Described, assemble, describe, measure_of
 from secateur.sensitivity import measure
 from secateur.stats import Stats
 from secateur.tasks import Task, plain

@@ -43,6 +43,11 @@ class Budget:
             return f"{self.kind}={_decimal(self.value * 100)}%"
         return f"{self.kind}={_decimal(self.value)}{_CANONICAL[self.kind]}"
 
+    @property
+    def removed(self) -> Fraction:
+        """The part of the dense model that goes, of a relative budget."""
+        return self.value if self.kind == "sparsity" else 1 - self.value
+
     def limit(self, total: float) -> float:
         """What may remain, where the dense model has ``total``."""
         return float(self.value * Fraction(total)) if self.relative else float(self.value)

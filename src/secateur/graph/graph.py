@@ -30,6 +30,9 @@ class Graph:
     inputs: Any = field(repr=False, default=None)
     declared: Declared = field(default_factory=Declared)
 
+    def __deepcopy__(self, memo: Any) -> Graph:
+        return self  # frozen, and its program is made of stand-ins for tensors, which torch cannot copy
+
     def axis(self, name: str) -> Axis:
         """The axis of that name. Raises SpecError for an unknown one."""
         if name in self._named:

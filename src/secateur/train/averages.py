@@ -1,0 +1,52 @@
+"""Running averages of a model, and the moments that optimizers keep: both have to know which weights have gone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import PlanError
+from secateur.tasks import plain
+from secateur.train.shards import local
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones under each of theirs."""
+    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named.update(model.named_buffers(remove_duplicate=False))
+    return named
+
+
+def inner(average: nn.Module) -> nn.Module:
+    """The model inside torch's ``AveragedModel``, or the copy itself."""
+    if isinstance(average, torch.optim.swa_utils.AveragedModel):
+        average = average.module
+    return plain(average)
+
+
+def require_same(average: nn.Module, model: nn.Module) -> None:
+    """Raise PlanError where the average is not one of this model."""
+    theirs, ours = tensors_of(inner(average)), tensors_of(model)
+    for name, tensor in ours.items():
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            found = list(theirs[name].shape) if name in theirs else "no such tensor"
+            raise PlanError(f"average= is no average of this model: for {name!r}, {list(tensor.shape)}, it has {found}")
+
+
+def clear_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, where: Tensor) -> None:
+    """Zero what the optimizer remembers of the elements ``where`` (of the shape of what is here)."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+            local(value).masked_fill_(where, 0)
+
+
+def level_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, grown: Tensor, others: Tensor) -> None:
+    """Give ``grown`` elements the mean second moment of ``others``.
+
+    From zero Adam's first step would be (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate.
+    """
+    state = optimizer.state.get(parameter, {})
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        if name in state and bool(others.any()):
+            here = local(state[name])
+            here.masked_fill_(grown, float(here[others].mean()))

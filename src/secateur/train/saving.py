@@ -30,7 +30,7 @@ def state_of(pruner: Pruner) -> dict[str, Any]:
         "masks": {n: bits.clone() for n, bits in pruner.bits.items() if n not in pruner.parts},
         "state": {n: {k: _whole(pruner, n, v) for k, v in kept.items()} for n, kept in pruner.state.items()},
     }
-    for name in pruner.bits.keys() & pruner.parts.keys():
+    for name in [n for n in pruner.parts if n in pruner.bits]:  # processes gather in the same order
         mask = pruner.mask(name)
         assert mask is not None
         state["masks"][name] = pack(gather(mask, pruner.parts[name]))

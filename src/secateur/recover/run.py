@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import DataError
-from secateur.recover.checkpoint import Tree
+from secateur.progress import track
+from secateur.recover.checkpoint import Tree, digest
 from secateur.recover.distill import distillation_loss
 from secateur.recover.options import Recovery
-from secateur.recover.randomness import Stream, capture, restore
+from secateur.recover.randomness import Stream, capture, restore, untouched
 from secateur.tasks import Task, call, clone, device_of, evaluate, to_device
 
 LEAST_SCALE = 2.0**-24
@@ -27,13 +28,15 @@ LEAST_SCALE = 2.0**-24
 class Epoch:
     """One pass over the training data: mean training loss, then the mean validation score it led to.
 
-    ``seconds`` counts training and validation, ``lr`` is the rate of the last step.
+    ``seconds`` counts training and validation, ``lr`` is the rate of the last step, ``sparsity`` the part of weights
+    with masks that these hold at zero.
     """
 
     loss: float
     validation: float
     seconds: float
     lr: float
+    sparsity: float = 0.0
 
 
 @dataclass(eq=False)
@@ -81,24 +84,59 @@ class Run:
         self.at = Counters()
         self.best: dict[str, Tensor] = {}
 
+    @property
+    def sparsity(self) -> float:
+        """See ``Epoch``."""
+        gone = sum(int((~keep).sum()) for keep in self.masks.values())
+        return gone / max(1, sum(keep.numel() for keep in self.masks.values()))
+
+    def begin(self) -> None:
+        """Before the first epoch of a run that is not gone on with: the weights given are the first to be judged."""
+        self.at.batches = self.count()
+        self.validate()
+
+    def end(self) -> None:
+        """After the last epoch: the weights of the best validation score."""
+        put_(self.student, self.best)
+        self.optimizer.zero_grad()
+
+    def count(self) -> int:
+        """Batches of a training pass; counted where it does not know its length."""
+        with untouched(self.device):
+            restore(self.data.state, self.device)
+            batches = self.task.batches("train")
+            return len(batches) if isinstance(batches, Sized) else sum(1 for _ in track(batches, "Counting batches"))
+
+    def steps(self, batches: int) -> int:
+        """Steps of the whole run, whose epochs have so many batches."""
+        return self.how.epochs * -(-batches // self.how.accumulate)
+
     def step(self, group: Sequence[Any]) -> None:
         """One step on the gradient of all batches of ``group``, as if they were one."""
         at = self.at
-        steps = self.how.epochs * -(-at.batches // self.how.accumulate)
-        factor = self.how.rate((at.applied + 0.5) / steps)
+        factor = self.how.rate((at.applied + 0.5) / self.steps(at.batches))
         for settings, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             settings["lr"] = peak * factor
         at.rate = self.how.lr * factor
+        at.loss += self.gradients(group)
+        at.batch += len(group)
+        self.advance(group)
+
+    def gradients(self, group: Sequence[Any]) -> float:
+        """Gradients of the mean loss over the examples of ``group``; returns the sum of its batches' losses."""
         self.optimizer.zero_grad()
-        sizes = [_examples(batch) for batch in group]
+        total, sizes = 0.0, [_examples(batch) for batch in group]
         for batch, size in zip(group, sizes, strict=True):
             loss = self.loss(*to_device(batch, self.device))
-            at.loss += self._finite(loss)
+            total += self._finite(loss)
             self.scaler.scale(loss * (size / sum(sizes))).backward()  # type: ignore[no-untyped-call]
-        at.batch += len(group)
-        if self._apply():
-            at.applied += 1
-            self._average()
+        return total
+
+    def advance(self, group: Sequence[Any]) -> None:
+        """Step on the gradients of ``group``."""
+        if self.apply():
+            self.at.applied += 1
+            self.average()
 
     def loss(self, inputs: Any, targets: Any) -> Tensor:
         with torch.autocast(self.device.type, self.how.dtype, enabled=self.how.dtype is not None):
@@ -120,14 +158,11 @@ class Run:
             raise DataError(f"the training loss became {value}; lower lr (now {self.at.rate:.3g}) or check the data")
         return value
 
-    def _apply(self) -> bool:
+    def apply(self) -> bool:
         """Step the optimizer; False where gradients in fp16 overflowed, and the step was left out."""
         if self.how.clip is not None:
             self.scaler.unscale_(self.optimizer)
-            named = dict(self.student.named_parameters(remove_duplicate=False))
-            for name, keep in self.masks.items():
-                if (grad := named[name].grad) is not None:
-                    grad.mul_(keep)
+            self.mask_gradients()
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.how.clip)
         scale = self.scaler.get_scale()
@@ -137,7 +172,14 @@ class Run:
             raise DataError("the gradients overflow in fp16 at every scale; use amp='bf16', or check the data")
         return self.scaler.get_scale() >= scale
 
-    def _average(self) -> None:
+    def mask_gradients(self) -> None:
+        """Zero the gradients of what is masked, which shall not count in their norm."""
+        named = dict(self.student.named_parameters(remove_duplicate=False))
+        for name, keep in self.masks.items():
+            if (grad := named[name].grad) is not None:
+                grad.mul_(keep)
+
+    def average(self) -> None:
         """Move the average towards the weights. Zeros of both stay zeros; counts are taken over."""
         if self.how.ema is None:
             return
@@ -158,6 +200,18 @@ class Run:
         if better:
             self.at.best, self.best = score, snapshot(self.judged)
         return score, better
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from others, besides its data, as JSON; digests stand for tensors."""
+        trained = [name for name, p in self.student.named_parameters() if p.requires_grad]
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        return {
+            **self.how.identity(),
+            "optimizer": f"{kind_of(self.optimizer)} {groups}",
+            "model": f"{_weights(self.student)} {digest(trained)}",
+            "teacher": None if self.teacher is None else _weights(self.teacher),
+            "plan": digest(sorted(self.masks.items())) if self.masks else None,
+        }
 
     def state(self) -> Tree:
         """All that the rest of the run depends on; tensors are the run's own, not copies."""
@@ -211,3 +265,11 @@ def _examples(batch: Any) -> int:
     """How many examples a batch has: the length of the first tensor of its inputs, else of its targets."""
     sizes = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     return max(1, sizes[0]) if sizes else 1
+
+
+def kind_of(value: object) -> str:
+    return type(value).__qualname__
+
+
+def _weights(model: nn.Module) -> str:
+    return f"{kind_of(model)} {digest(list(tensors_of(model).items()))}"

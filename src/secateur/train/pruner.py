@@ -35,6 +35,7 @@ from secateur.train import averages, saving, stages
 from secateur.train.bits import pack, unpack
 from secateur.train.channels import Channels
 from secateur.train.choose import Masks, own_budget
+from secateur.train.optimizers import Given, innermost, once_there_are_gradients
 from secateur.train.places import weights_of
 from secateur.train.scores import GATHERED, Scorer
 from secateur.train.shards import Part, gather, local, part_of, total
@@ -59,6 +60,8 @@ class Pruner:
 
     model: as the optimizer knows it: make both, and wrap or shard the model, first. ``torch.compile``, DDP and
         FSDP2 may be around it.
+    optimizer: that takes the steps; accelerate's and Lightning's may be around it. Its closure, where it is given one,
+        is evaluated once in a step.
     budget: what holds in the end, such as "sparsity=90%"; may be None for N:M, which has its own.
     steps: how many steps the optimizer will take in all. Only those that are applied count: a step that a gradient
         scaler leaves out is none.
@@ -95,7 +98,7 @@ class Pruner:
         shape = patterns.parse(pattern)
         if not isinstance(shape, self.allowed):
             raise SpecError(f"{type(self).__name__} prunes {self.why_only}, not pattern {pattern!r}")
-        self.model, self.optimizer, self.average = plain(model), optimizer, average
+        self.model, self.optimizer, self.average = plain(model), innermost(optimizer), average
         self.pattern, self.steps, self.seed, self.schedule = shape, steps, seed, tuple(schedule)
         self.budget = final(pattern, budget)
         self.weights = self._chosen(graph, ignore)
@@ -312,7 +315,10 @@ class Pruner:
             self.optimizer.register_step_post_hook(self._after),
         ]
 
-    def _before(self, *_: Any) -> None:
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        return once_there_are_gradients(args, kwargs, self._prepare)
+
+    def _prepare(self) -> None:
         self._require_owned()
         gathered = self.wish.scorer.gathered if isinstance(self.wish, Masks) else frozenset()
         with torch.no_grad():

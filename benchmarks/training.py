@@ -250,12 +250,8 @@ def steps(rows: dict[str, Row]) -> Iterator[tuple[str, Callable[[], Row]]]:
                     continue
                 if sparsity in MODERATE and (setting.pretrained or method not in CLAIM):
                     continue
-                key = (
-                    f"{setting.name} {method} {seed}"
-                    if method == "dense"
-                    else f"{setting.name} {sparsity:.0%} {method} {seed}"
-                )
-                yield key, lambda s=setting, m=method, p=sparsity, n=seed: row_of(s, m, p, best_rate(rows, s), n)
+                level = "" if method == "dense" else f"{sparsity:.0%} "
+                yield f"{setting.name} {level}{method} {seed}", partial(row_of, rows, setting, method, sparsity, seed)
 
 
 def main() -> None:

@@ -9,7 +9,12 @@ for inputs, targets in batches:
 plan = pruner.finish()
 """
 
+from secateur.train.acdc import ACDC
+from secateur.train.asp import ASP
 from secateur.train.gradual import Gradual
 from secateur.train.pruner import Pruner
+from secateur.train.rates import rewinding
+from secateur.train.rigl import RigL
+from secateur.train.set_ import SET
 
-__all__ = ["Gradual", "Pruner"]
+__all__ = ["ACDC", "ASP", "SET", "Gradual", "Pruner", "RigL", "rewinding"]

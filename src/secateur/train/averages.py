@@ -7,7 +7,10 @@ from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.tasks import plain
-from secateur.train.shards import local
+from secateur.train.shards import Group, local, total
+
+OTHER = ("momentum_buffer", "exp_inf", "square_avg", "grad_avg", "acc_delta", "sum")
+"""What torch's optimizers call their moments, besides those that begin with exp_avg."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -40,13 +43,28 @@ def clear_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, where: Te
             local(value).masked_fill_(where, 0)
 
 
-def level_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, grown: Tensor, others: Tensor) -> None:
-    """Give ``grown`` elements the mean second moment of ``others``.
+def level_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, grown: Tensor, others: Tensor, group: Group | None = None
+) -> None:
+    """Give ``grown`` elements the mean second moment of ``others``, over all processes of a group.
 
     From zero Adam's first step would be (1 - beta1) / sqrt(1 - beta2), about 3 times the learning rate.
     """
     state = optimizer.state.get(parameter, {})
     for name in ("exp_avg_sq", "max_exp_avg_sq"):
-        if name in state and bool(others.any()):
+        if name in state:
             here = local(state[name])
-            here.masked_fill_(grown, float(here[others].mean()))
+            count = int(total(others.sum(), group))
+            sums = total(here[others].sum(dtype=torch.float32), group)
+            if count:
+                here.masked_fill_(grown, float(sums) / count)
+
+
+def reset_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer forget all gradients: moments of all parameters, and the count of steps that corrects them."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name == "step" and not isinstance(value, Tensor):
+                state[name] = 0
+            elif isinstance(value, Tensor) and (name == "step" or name in OTHER or name.startswith("exp_avg")):
+                local(value).zero_()

@@ -79,19 +79,21 @@ def load(pruner: Pruner, state: Mapping[str, Any]) -> None:
 
 
 def _whole(pruner: Pruner, name: str, value: Tensor) -> Tensor:
-    """Split as its parameter is, so that a distributed checkpoint can split it otherwise; or a copy."""
+    """With a row for each row of its parameter that is here, split as that is, so that a distributed checkpoint can
+    split it otherwise; or a copy."""
     parameter = pruner.tensor(name)
-    if not is_shared(parameter) or value.shape != local(parameter).shape:
+    if not is_shared(parameter) or value.shape[:1] != local(parameter).shape[:1]:
         return value.clone()
     from torch.distributed.tensor import DTensor
 
+    shape = (parameter.shape[0], *value.shape[1:])
     return DTensor.from_local(
         value.clone(),
         parameter.device_mesh,  # type: ignore[attr-defined]
         parameter.placements,  # type: ignore[attr-defined]
         run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
     )
 
 
@@ -99,7 +101,7 @@ def _here(pruner: Pruner, name: str, value: Tensor) -> Tensor:
     """What is here of a saved tensor, on the parameter's device."""
     parameter = pruner.tensor(name)
     here = local(value) if is_shared(value) else value
-    if not is_shared(value) and value.shape == parameter.shape:
+    if not is_shared(value) and value.shape[:1] == parameter.shape[:1]:
         here = pruner.parts[name].slice(value)
     return here.detach().to(parameter.device).clone()
 

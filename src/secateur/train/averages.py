@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import PlanError
 from secateur.tasks import plain
+from secateur.train.bits import keep_
 from secateur.train.shards import Group, local, total
 
 OTHER = ("momentum_buffer", "exp_inf", "square_avg", "grad_avg", "acc_delta", "sum")
-"""What torch's optimizers call their moments, besides those that begin with exp_avg."""
+"""What torch's optimizers call their moments, besides those with exp_avg in their names."""
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -34,6 +37,16 @@ def require_same(average: nn.Module, model: nn.Module) -> None:
         if name not in theirs or theirs[name].shape != tensor.shape:
             found = list(theirs[name].shape) if name in theirs else "no such tensor"
             raise PlanError(f"average= is no average of this model: for {name!r}, {list(tensor.shape)}, it has {found}")
+        if local(theirs[name]).shape != local(tensor).shape:
+            raise PlanError(f"average= is not split over processes as the model is, such as {name!r}; shard it alike")
+
+
+def mask(average: nn.Module, masks: Iterable[tuple[str, Tensor]]) -> None:
+    """Zero in the average what masks do not keep, by name and of the shape of what is here."""
+    named = tensors_of(inner(average))
+    for name, kept in masks:
+        here = local(named[name]).detach()
+        keep_(here, kept.to(here.device))
 
 
 def clear_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, where: Tensor) -> None:
@@ -66,5 +79,5 @@ def reset_moments(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if name == "step" and not isinstance(value, Tensor):
                 state[name] = 0
-            elif isinstance(value, Tensor) and (name == "step" or name in OTHER or name.startswith("exp_avg")):
+            elif isinstance(value, Tensor) and (name == "step" or name in OTHER or "exp_avg" in name):
                 local(value).zero_()

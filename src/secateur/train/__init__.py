@@ -11,10 +11,11 @@ plan = pruner.finish()
 
 from secateur.train.acdc import ACDC
 from secateur.train.asp import ASP
+from secateur.train.distill import Distill
 from secateur.train.gradual import Gradual
 from secateur.train.pruner import Pruner
 from secateur.train.rates import rewinding
 from secateur.train.rigl import RigL
 from secateur.train.set_ import SET
 
-__all__ = ["ACDC", "ASP", "SET", "Gradual", "Pruner", "RigL", "rewinding"]
+__all__ = ["ACDC", "ASP", "SET", "Distill", "Gradual", "Pruner", "RigL", "rewinding"]

@@ -14,8 +14,8 @@ SOURCE = ROOT / "src" / "secateur"
 # A room may import from the rooms before it, and from itself. See docs/decisions/0001-room-order.md.
 ROOMS = """
     errors names files recipe progress tasks graph patterns budget stats criteria allocate plan planning apply
-    sensitivity depth solvers recover train search measure runtime targets report store road promise compat datasets api
-    demo cli testing
+    sensitivity depth solvers recover train search measure runtime targets report store road promise compat datasets
+    opening api training demo cli testing
 """.split()  # noqa: SIM905
 
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -68,8 +68,8 @@ def test_the_top_and_the_command_line_do_not_import_torch_when_read() -> None:
 
 
 OPTIONAL = {
-    "altair", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "timm", "torchvision", "transformers",
-    "vl_convert",
+    "altair", "mlflow", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "tensorboard", "timm", "torchvision",
+    "transformers", "vl_convert",
 }  # fmt: skip
 
 

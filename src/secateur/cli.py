@@ -16,10 +16,7 @@ from secateur.errors import PruneError, SpecError
 from secateur.files import require_folder
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from secateur.report import Report
-    from secateur.tasks import Task
 
 
 class _Commands(TyperGroup):
@@ -147,9 +144,10 @@ def inspect(
 ) -> None:
     """Show what can be removed from a model, what it is worth, and why the rest cannot go."""
     from secateur.graph import analyze
+    from secateur.opening import opened
     from secateur.report.terminal import axes_of, blocks_of, show_axes, show_blocks
 
-    net, example, _ = _load(model, dense, input, data)
+    net, example, _ = opened(model, dense, input, data)
     graph = analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ())
     if as_json:
         cost = graph.cost()
@@ -195,6 +193,7 @@ def prune(
 ) -> None:
     """Prune a model to a budget, recover it, and write the model with its report."""
     import secateur as sc
+    from secateur.opening import opened
     from secateur.store import require_masks
 
     require_folder(out)
@@ -204,7 +203,7 @@ def prune(
     recovery |= {"ema": ema, "temperature": temperature, "checkpoint": checkpoint}
     choice: dict[str, Any] = {"pattern": pattern, "budget": budget, "criterion": criterion, "allocate": allocate}
     training: dict[str, Any] = {"reconstruct": reconstruct, "rounds": rounds, "epochs": epochs, "lr": lr, "amp": amp}
-    net, example, task = _load(model, dense, input, data)
+    net, example, task = opened(model, dense, input, data)
     result = sc.prune(
         net,
         sc.analyze(net, example, ties=map(_tie, tie or ()), free_outputs=free_output or ()),
@@ -221,6 +220,21 @@ def prune(
     )
     sc.save(result, out, packed)
     _show(result.report, as_json, out)
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="Model, data, method and training: docs/train-recipe.md.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Prune a model while it trains, as a recipe says; stopped, it goes on when called again."""
+    from secateur.train.recipe import read
+    from secateur.training import run
+
+    found = read(recipe)
+    _show(run(found), as_json, found.out)
 
 
 @app.command()
@@ -252,6 +266,7 @@ def bench(
     import secateur as sc
     from secateur import recipe
     from secateur.graph.trace import run
+    from secateur.opening import opened
     from secateur.report import Report
     from secateur.report.compare import compared
     from secateur.runtime.lowering import lowering_of
@@ -263,7 +278,7 @@ def bench(
         found = crossover(sizes(linear, 2), sizes(conv, 3), seconds or 30.0)
         typer.echo(json.dumps(asdict(found), indent=1)) if as_json else show_crossover(found)
         return
-    net, example, task = _load(model, against, input, data)
+    net, example, task = opened(model, against, input, data)
     models = {model: net}
     if against is not None:
         models = {against: recipe.load_model(against), model: net}
@@ -285,9 +300,10 @@ def export(
 ) -> None:
     """Export a model for a runtime, checked there against eager PyTorch."""
     import secateur as sc
+    from secateur.opening import opened
 
     require_folder(out)
-    net, example, _ = _load(model, dense, input, data)
+    net, example, _ = opened(model, dense, input, data)
     typer.echo(sc.export(net, example, target, out))
 
 
@@ -313,28 +329,6 @@ def main() -> None:
 
 
 # --- reading -----------------------------------------------------------------------------------------
-
-
-def _load(model: str, dense: str | None, input: str | None, data: str | None) -> tuple[nn.Module, Any, Task | None]:
-    """The model, example inputs of one example, and the task."""
-    from torch import Tensor
-    from torch.utils._pytree import tree_map
-
-    from secateur import datasets, recipe, store
-
-    saved = Path(model).is_dir()
-    net = store.load(model, recipe.load_model(dense) if dense else None) if saved else recipe.load_model(model)
-    shape = recipe.example_input(input) if input else None
-    named = dense or (store.saved_source(model) if saved else model)
-    task = datasets.load(data, shape.shape[-1] if shape is not None else None, named) if data else None
-    if shape is not None:
-        return net, shape, task
-    if task is not None:
-        first, _ = next(iter(task.batches("calibration")))
-        return net, tree_map(lambda v: v[:1].clone() if isinstance(v, Tensor) else v, first), task
-    if saved:
-        return net, store.saved_inputs(model), task
-    raise SpecError("no example input; give its shape as --input 1x3x32x32, or --data")
 
 
 def _part(text: str) -> tuple[str, float]:

@@ -13,6 +13,7 @@ from secateur.allocate import Curve
 from secateur.apply.shrink import Law
 from secateur.errors import DataError
 from secateur.files import write_atomic
+from secateur.recover import Epoch
 from secateur.tasks import Interval
 
 VERSION = 1
@@ -76,7 +77,7 @@ class Report:
 
     ``meta`` says how: pattern, budget, criterion, seeds, versions, processor, threads, and the form
     of the result with its reason. ``sensitivity`` has the curves that the allocation went by, ``tried`` the scores of
-    other sizes, if any.
+    other sizes, ``history`` the epochs of a training that pruned, if any.
     """
 
     title: str
@@ -88,6 +89,7 @@ class Report:
     notes: tuple[str, ...] = ()
     sensitivity: tuple[Curve, ...] = ()
     tried: tuple[Point, ...] = ()
+    history: tuple[Epoch, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
@@ -101,7 +103,7 @@ class Report:
             raise DataError(f"the report is damaged, or no JSON: {error}") from error
         if not isinstance(data, dict) or data.pop("version", None) != VERSION:
             raise DataError(f"the report is not of version {VERSION}; it needs a newer secateur, or is no report")
-        for later in ("sensitivity", "tried"):  # reports of before there were curves
+        for later in ("sensitivity", "tried", "history"):  # reports of before there were curves
             data.setdefault(later, [])
         report: Report = _read(cls, data, "report")
         return report

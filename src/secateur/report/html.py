@@ -13,7 +13,7 @@ from typing import Any
 
 from secateur.allocate import Curve
 from secateur.errors import MissingExtra
-from secateur.report import Point, Report, Row
+from secateur.report import Point, Report, Row, epochs
 from secateur.tasks import Interval
 
 KEPT, GONE = "#2f8f6b", "#aab2b8"
@@ -154,6 +154,11 @@ def _sections(report: Report, charts: Mapping[str, Any]) -> Iterator[str]:
     if "layers" in charts:
         before = f'<div class="scroll"><div class="chart" id="layers"></div></div>{_layers(report)}'
         yield _section("Layer by layer", "The share of every weight that was removed.", before)
+    if report.history:
+        caption = "Training loss, validation score and part of zeros after every epoch of the training that pruned."
+        places = "".join(f'<div class="chart" id="{name}"></div>' for name in epochs.LINES)
+        table = _folded(f"{len(report.history)} epochs", epochs.HEAD, epochs.rows(report.history))
+        yield _section("Epoch by epoch", caption, places + table)
     if "sensitivity" in charts:
         caption = "What the loss rises by when one place alone loses this share of its units, before any recovery."
         yield _section("Place by place", caption, '<div class="chart" id="sensitivity"></div>')
@@ -298,6 +303,8 @@ def _charts(report: Report) -> dict[str, Any]:
         charts["sensitivity"] = _curves(report.sensitivity)
     if report.tried:
         charts["tried"] = _sizes(report.tried)
+    if report.history:
+        charts |= epochs.charts(report.history, KEPT)
     return {name: chart.properties(**_room(name)).to_dict() for name, chart in charts.items()}
 
 
@@ -341,4 +348,6 @@ def _curves(curves: Iterable[Curve]) -> Any:
 def _room(name: str) -> dict[str, Any]:
     if name in ("sensitivity", "tried"):
         return {"width": "container", "height": 320}
+    if name in epochs.LINES:
+        return {"width": "container", "height": 140}
     return {"width": "container", "height": {"step": 20 if name == "layers" else 34}}

@@ -1,6 +1,7 @@
 // Compares the kernels of every instruction set that this machine has with plain loops, over random cases.
 //
 //   check [cases] [seed]
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 
@@ -13,7 +14,7 @@ const char* const ISAS[] = {"portable", "avx2", "avx512"};
 
 struct Tally {
     long cases = 0, outputs = 0, wrong = 0, refused = 0;
-} linears, quantized, convolutions;
+} linears, quantized, convolutions, pools;
 
 enum Kind { INTEGERS, NORMAL, SPECIAL };
 
@@ -158,6 +159,7 @@ struct Shape {
             if (size + 2 * images.padding[d] < reach) size = reach;
             out[d] = (size + 2 * images.padding[d] - reach) / images.stride[d] + 1;
         }
+        if (random.chance(0.1)) images.channels = 130 + random.below(40);  // tiles of columns, whatever the kernel
     }
     uint32_t cols() const { return uint32_t(images.channels * images.kernel[0] * images.kernel[1]); }
 
@@ -212,6 +214,38 @@ void check_conv(Random& random) {
     });
 }
 
+// The largest value under the kernel, to the bit: NaN is larger than everything, padding is nothing.
+void check_pool(Random& random) {
+    Shape shape(random);
+    sct_images& images = shape.images;
+    for (int d = 0; d < 2; d++) {
+        const int64_t size = d ? images.width : images.height;
+        images.dilation[d] = 1;
+        images.kernel[d] = images.kernel[d] < size ? images.kernel[d] : size;
+        images.padding[d] = random.below(uint32_t(images.kernel[d] / 2 + 1));
+        shape.out[d] = (size + 2 * images.padding[d] - images.kernel[d]) / images.stride[d] + 1;
+    }
+    const size_t image = size_t(images.height * images.width), plane = size_t(shape.out[0] * shape.out[1]);
+    const size_t count = size_t(images.batch * images.channels);
+    Exact<float> x(image * count, 4 * random.below(16));
+    for (size_t i = 0; i < x.size; i++) x[i] = activation_value(random, SPECIAL);
+    const int threads = 1 + int(random.below(3));
+    const auto call = [&](float* y) { return sct_max_pool(x.at, &images, threads, y); };
+    const Weight none{};
+    compare(pools, none, "pool", plane * count, 4 * random.below(16), call, [&](float found, size_t i) {
+        const int64_t top = int64_t(i % plane) / shape.out[1] * images.stride[0] - images.padding[0];
+        const int64_t left = int64_t(i % plane) % shape.out[1] * images.stride[1] - images.padding[1];
+        float most = -INFINITY;
+        for (int64_t y = std::max(top, int64_t(0)); y < std::min(top + images.kernel[0], images.height); y++)
+            for (int64_t k = std::max(left, int64_t(0)); k < std::min(left + images.kernel[1], images.width); k++) {
+                const float value = x.at[i / plane * image + size_t(y * images.width + k)];
+                most = std::isnan(value) || value > most ? value : most;
+                if (std::isnan(most)) return std::isnan(found);
+            }
+        return found == most;
+    });
+}
+
 void print(const char* name, const Tally& tally) {
     std::printf("%-10s %8ld cases, %10ld outputs, %ld wrong", name, tally.cases, tally.outputs, tally.wrong);
     std::printf(tally.refused ? ", %ld refused as they should be\n" : "\n", tally.refused);
@@ -224,7 +258,8 @@ int main(int count, char** arguments) {
     Random random{count > 2 ? std::strtoull(arguments[2], nullptr, 10) : 0};
     for (const char* isa : ISAS) std::printf("%s: %s\n", isa, sct_use(isa) ? "not here" : "checked");
     for (long i = 0; i < cases; i++) random.chance(0.3) ? check_conv(random) : check_linear(random);
-    print("linear", linears), print("quantized", quantized), print("conv", convolutions);
+    for (long i = 0; i < cases / 10; i++) check_pool(random);
+    print("linear", linears), print("quantized", quantized), print("conv", convolutions), print("pool", pools);
     const long broken = fuzz(random, cases * 2);
-    return linears.wrong || quantized.wrong || convolutions.wrong || broken ? 1 : 0;
+    return linears.wrong || quantized.wrong || convolutions.wrong || pools.wrong || broken ? 1 : 0;
 }

@@ -23,7 +23,7 @@ ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 ISAS = ("portable", "avx2", "avx512")
 
-VERSION = 1
+VERSION = 2
 _LIBRARY, _ISA = "SECATEUR_KERNELS", "SECATEUR_ISA"  # environment: another library file, another instruction set
 
 
@@ -143,26 +143,47 @@ def conv(
 ) -> Tensor:
     """The same of a convolution: x (batch, channels, height, width); walk: kernel, stride, padding, dilation."""
     handle = opened(packed)
+    images, size = _images(handle.cols, tuple(x.shape), *map(tuple, walk))
+    x = _plain("x", x)
+    y = x.new_empty(x.shape[0], handle.rows, *size)
+    finish = _Finish()
+    held = _fill(finish, bias, residual, activation, (handle.rows,), y)
+    _check(_library().sct_conv(handle.address, x.data_ptr(), images, finish, y.data_ptr()))
+    del held
+    return y
+
+
+def max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """The largest value under the kernel, NaN if there is one: x (batch, channels, height, width)."""
+    if x.ndim != 4:
+        raise DataError(f"expected activations of shape (batch, channels, height, width), found {list(x.shape)}")
+    walk = (tuple(kernel), tuple(stride), tuple(padding), (1, 1))
+    images, size = _images(x.shape[1] * kernel[0] * kernel[1], tuple(x.shape), *walk)
+    x = _plain("x", x)
+    y = x.new_empty(*x.shape[:2], *size)
+    _check(_library().sct_max_pool(x.data_ptr(), images, torch.get_num_threads(), y.data_ptr()))
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _images(cols: int, shape: tuple[int, ...], *walk: tuple[int, ...]) -> tuple[_Images, tuple[int, int]]:
+    """What the engine is told of images, and the height and width of its output. Networks ask the same every time.
+
+    Raises DataError where a weight with that many columns has no such convolution.
+    """
     kernel, stride, padding, dilation = walk
     if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
         raise DataError(
             f"kernel, stride and dilation of a convolution are at least 1 and padding is not negative, found "
-            f"{kernel}, {stride}, {dilation} and {padding}"
+            f"{list(kernel)}, {list(stride)}, {list(dilation)} and {list(padding)}"
         )
-    if x.ndim != 4 or x.shape[1] * kernel[0] * kernel[1] != handle.cols:
-        expected = f"(batch, {handle.cols / (kernel[0] * kernel[1]):g}, height, width)"
-        raise DataError(f"expected activations of shape {expected}, found {list(x.shape)}")
-    x = _plain("x", x)
-    size = image_size(x.shape[2:], *walk)
+    if len(shape) != 4 or shape[1] * kernel[0] * kernel[1] != cols:
+        expected = f"(batch, {cols / (kernel[0] * kernel[1]):g}, height, width)"
+        raise DataError(f"expected activations of shape {expected}, found {list(shape)}")
+    size = image_size(shape[2:], *walk)
     if min(size) < 1:
-        raise DataError(f"the kernel {kernel} is larger than the padded image of {list(x.shape[2:])}")
-    y = x.new_empty(x.shape[0], handle.rows, *size)
-    images = _Images(*x.shape, *((c_int64 * 2)(*pair) for pair in walk))
-    finish = _Finish()
-    held = _fill(finish, bias, residual, activation, (handle.rows,), y)
-    _check(_library().sct_conv(handle.address, x.data_ptr(), byref(images), byref(finish), y.data_ptr()))
-    del held
-    return y
+        raise DataError(f"the kernel {list(kernel)} is larger than the padded image of {list(shape[2:])}")
+    return _Images(*shape, *((c_int64 * 2)(*pair) for pair in walk)), size
 
 
 def image_size(
@@ -185,7 +206,7 @@ def opened(packed: Tensor) -> Handle:
     version = 0 if packed.is_inference() else packed._version
     if known is not None and known[1] == version and known[2] == packed.numel() and not known[0].expired():
         return known[3]
-    if packed.dtype != torch.uint8 or packed.ndim != 1 or not packed.is_contiguous() or packed.device.type != "cpu":
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or not packed.is_contiguous() or not packed.is_cpu:
         raise DataError(
             f"a packed weight is a flat uint8 tensor on the CPU, found {packed.dtype} of shape {list(packed.shape)} "
             f"on {packed.device}"
@@ -204,7 +225,7 @@ _lock = threading.Lock()
 
 
 def _plain(name: str, value: Tensor) -> Tensor:
-    if value.dtype != torch.float32 or value.device.type != "cpu":
+    if value.dtype != torch.float32 or not value.is_cpu:
         raise DataError(f"the engine takes float32 on the CPU, found {name} of {value.dtype} on {value.device}")
     return value.contiguous()
 
@@ -221,10 +242,10 @@ def _fill(
         raise DataError(f"activation {activation!r} is unknown; expected one of {sorted(ACTIVATIONS)}")
     finish.activation, finish.threads, finish.quantize = ACTIVATIONS[activation], torch.get_num_threads(), quantize
     held = []
-    for name, value, shape in (("bias", bias, rows), ("residual", residual, tuple(y.shape))):
+    for name, value, shape in (("bias", bias, rows), ("residual", residual, y.shape)):
         if value is None:
             continue
-        if tuple(value.shape) != shape:
+        if value.shape != shape:
             raise DataError(f"expected {name} of shape {list(shape)}, found {list(value.shape)}")
         held.append(_plain(name, value))
         setattr(finish, name, held[-1].data_ptr())
@@ -247,6 +268,7 @@ def _library() -> ctypes.CDLL:
         "sct_open": (c_void_p, c_uint64, POINTER(c_void_p)),
         "sct_linears": (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
         "sct_conv": (c_void_p, c_void_p, POINTER(_Images), POINTER(_Finish), c_void_p),
+        "sct_max_pool": (c_void_p, POINTER(_Images), c_int32, c_void_p),
         "sct_isa": (),
         "sct_use": (c_char_p,),
     }

@@ -91,6 +91,15 @@ class SparseConv(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        w, bias = self.window, None if self.bias is None else self.bias.float()
+
+        def conv(x: Tensor, residual: Tensor | None) -> Tensor:
+            after = (bias, residual, self.activation, self.outputs)
+            y: Tensor = torch.ops.secateur.conv2d(x, self.packed, *after, w.kernel, w.stride, w.padding, w.dilation)
+            return y
+
+        if x.dtype == torch.float32 and x.ndim == 4:  # the rest costs as much as a small layer
+            return conv(x, None if residual is None else residual.float())
         given, single = x.dtype, x.ndim == (2 if self.flat else 3)
 
         def shaped(value: Tensor) -> Tensor:
@@ -98,10 +107,7 @@ class SparseConv(nn.Module):
             value = value.unsqueeze(0) if single else value
             return value.unsqueeze(2) if self.flat else value
 
-        bias = None if self.bias is None else self.bias.float()
-        after = (bias, None if residual is None else shaped(residual), self.activation, self.outputs)
-        w = self.window
-        y: Tensor = torch.ops.secateur.conv2d(shaped(x), self.packed, *after, w.kernel, w.stride, w.padding, w.dilation)
+        y = conv(shaped(x), None if residual is None else shaped(residual))
         y = y.squeeze(2) if self.flat else y
         return (y.squeeze(0) if single else y).to(given)
 

@@ -1,4 +1,4 @@
-"""The engine as torch operators, ``secateur::linear``, ``linears`` and ``conv2d``, for inference.
+"""The engine as torch operators, ``secateur::linear``, ``linears``, ``conv2d`` and ``max_pool2d``, for inference.
 
 They take activations of shape (…, inputs) and (batch, channels, height, width) in ``float32`` on the CPU, and a packed
 weight; what follows a layer (bias, residual, activation) is done in the same pass. They are known to ``torch.export``
@@ -28,6 +28,7 @@ _library.define(
     "conv2d(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, str activation, int outputs, "
     "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
 )
+_library.define("max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding) -> Tensor")
 
 
 def _linear(
@@ -76,6 +77,15 @@ def _conv2d_shape(
     return x.new_empty(x.shape[0], outputs, *size)
 
 
+def _max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    _require_no_gradients(x, None)
+    return kernels.max_pool(x, kernel, stride, padding)
+
+
+def _max_pool2d_shape(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:2], *kernels.image_size(x.shape[2:], kernel, stride, padding, (1, 1)))
+
+
 def _require_no_gradients(x: Tensor, residual: Tensor | None) -> None:
     if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         raise TargetError(
@@ -88,6 +98,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear": (_linear, _linear_shape),
     "linears": (_linears, _linears_shapes),
     "conv2d": (_conv2d, _conv2d_shape),
+    "max_pool2d": (_max_pool2d, _max_pool2d_shape),
 }
 for _name, (_run, _shape) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _run, "CPU")

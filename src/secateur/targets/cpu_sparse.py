@@ -23,7 +23,7 @@ from secateur.runtime.formats import VALUES
 from secateur.runtime.lowering import Lowering
 from secateur.runtime.product import DenseLayer, of_module
 from secateur.runtime.tune import Choice
-from secateur.targets.fusion import Found, find, share_
+from secateur.targets.fusion import Found, find, pool_, share_
 from secateur.tasks import call, clone, plain
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "int8": 0.2}
@@ -114,6 +114,7 @@ def _program(module: fx.GraphModule, inputs: Any, values: str, cold: bool) -> tu
         for node in reversed(found.nodes):
             module.graph.erase_node(node)
     share_(module)
+    pool_(module)
     module.graph.eliminate_dead_code()
     guard_(module, module.graph)
     module.graph.lint()

@@ -186,3 +186,22 @@ def share_(module: fx.GraphModule) -> None:
         for node, part in zip(nodes, parts, strict=True):
             node.replace_all_uses_with(part)
             module.graph.erase_node(node)
+
+
+def pool_(module: fx.GraphModule) -> None:
+    """Let the engine pool images: torch's max pooling of one image takes longer than several convolutions."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not aten.max_pool2d.default or node.kwargs:
+            continue
+        given: list[Any] = [*node.args, *([], [0], [1], False)[len(node.args) - 2 :]]
+        x, kernel, stride, padding, dilation, ceil = given
+        value = x.meta.get("val")
+        images = isinstance(value, Tensor) and value.ndim == 4 and value.dtype == torch.float32
+        if not images or any(d != 1 for d in dilation) or ceil:
+            continue
+        pairs = [list(v) * (2 // len(v)) for v in (kernel, stride or kernel, padding)]
+        with module.graph.inserting_before(node):
+            pooled = module.graph.call_function(torch.ops.secateur.max_pool2d.default, (x, *pairs))
+        pooled.meta = dict(node.meta)
+        node.replace_all_uses_with(pooled)
+        module.graph.erase_node(node)

@@ -19,9 +19,9 @@ struct Geometry {
     int64_t plane[2];   // height and width of a plane
     int64_t size;       // floats from one plane to the next
     int64_t tokens;     // positions from the first output to the last, thrown away ones included
-    bool direct;        // the image is as good as its planes
+    bool direct;        // outputs lie like inputs, so that the image is its own planes
 
-    Geometry(const sct_images& g) {
+    explicit Geometry(const sct_images& g) {
         for (int d = 0; d < 2; d++) {
             const int64_t reach = (g.kernel[d] - 1) * g.dilation[d], size = d ? g.width : g.height;
             out[d] = (size + 2 * g.padding[d] - reach - 1) / g.stride[d] + 1;
@@ -31,7 +31,7 @@ struct Geometry {
         tokens = (out[0] - 1) * plane[1] + out[1];
         size = (plane[0] * plane[1] + 15) / 16 * 16;
         direct = g.kernel[0] * g.kernel[1] == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 &&
-                 g.padding[1] == 0 && g.height * g.width % 16 == 0;
+                 g.padding[1] == 0;
     }
 
     int64_t of_channel() const { return phases[0] * phases[1] * size; }
@@ -63,6 +63,8 @@ void make_planes(const float* image, const sct_images& g, const Geometry& s, flo
                 for (int64_t x = 0; x < first; x++) row[x] = 0;
                 if (step == 1)
                     std::memcpy(row + first, line + first + shift, size_t(end - first) * 4);
+                else if (step == 2)  // as the compiler can make it shuffles
+                    for (int64_t x = first; x < end; x++) row[x] = line[x * 2 + shift];
                 else
                     for (int64_t x = first; x < end; x++) row[x] = line[x * step + shift];
                 for (int64_t x = end; x < s.plane[1]; x++) row[x] = 0;
@@ -82,16 +84,17 @@ void fill_table(const sct_images& g, const Geometry& s, uint32_t* table) {
             }
 }
 
-// One row of a tile: the positions from ``first`` on, but for those between the rows of the image.
-void write_row(const float* tile, const Geometry& s, int64_t first, int64_t tokens, float bias, const float* residual,
-               int activation, float* y) {
-    for (int64_t t = 0; t < tokens;) {
-        const int64_t line = (first + t) / s.plane[1], x = (first + t) % s.plane[1];
+// Rows of tiles: the positions from ``first`` on, but for those between the rows of the image.
+void write_rows(const float* tiles, int rows, const Geometry& s, int64_t first, int64_t tokens, const Finish& finish,
+                float* y) {
+    const int64_t stride = s.out[0] * s.out[1];
+    int64_t line = first / s.plane[1], x = first % s.plane[1];
+    for (int64_t t = 0; t < tokens; line++, x = 0) {
         // Where nothing is thrown away, the rows of the image follow each other.
         const int64_t end = s.plane[1] == s.out[1] ? tokens : s.out[1] - x, left = tokens - t;
         const int64_t some = end < left ? end : left, at = line * s.out[1] + x;
-        if (some > 0) in_use->finish_row(tile + t, bias, residual ? residual + at : nullptr, activation, some, y + at);
-        t += s.plane[1] == s.out[1] ? some : s.plane[1] - x;
+        if (some > 0) in_use->finish_rows(tiles + t, finish.from(0, at), some, rows, y + at, stride);
+        t += s.plane[1] == s.out[1] ? tokens : s.plane[1] - x;
     }
 }
 
@@ -120,7 +123,11 @@ const char* check(const Matrix& m, const sct_images& g) {
 const char* conv(const sct_matrix& m, const float* x, const sct_images& g, const Finish& finish, int most, float* y) {
     if (const char* wrong = check(m, g)) return wrong;
     if (g.batch == 0 || m.rows == 0) return nullptr;
-    const Geometry s(g);
+    static const Cuts none;
+    Geometry s(g);
+    const Cuts& cuts = s.tokens > PANEL / 2 ? m.cuts() : none;
+    // All but tiles of columns, which are copied anyway, are read beyond the last position, up to a full register.
+    s.direct = s.direct && (s.tokens % 16 == 0 || cuts.tiles);
     const double copied = s.direct ? 0.0 : double(g.channels) * double(s.of_channel());
     const double work = double(g.batch) * (double(s.tokens) * double(m.count) * m.height + copied);
     const int threads = worthwhile(most, work);
@@ -139,16 +146,16 @@ const char* conv(const sct_matrix& m, const float* x, const sct_images& g, const
     if (!s.direct) std::memset(space + offsets + together * planes, 0, PANEL * 4);
 
     const int64_t panels = (s.tokens + PANEL - 1) / PANEL;
-    static const Cuts none;
-    const Cuts& cuts = s.tokens > PANEL / 2 ? m.cuts() : none;
     const Places places{table ? at : nullptr, uint32_t(s.direct ? g.height * g.width : s.of_channel())};
     for (int64_t done = 0; done < g.batch; done += together) {
         const int64_t now = g.batch - done < together ? g.batch - done : together;
         const float* source = x + done * image;
         if (!s.direct) {
             float* const into = space + offsets;
-            parallel(now * g.channels, threads, [&](int64_t i) {
-                make_planes(source + i * g.height * g.width, g, s, into + i * s.of_channel());
+            const int64_t all = now * g.channels, part = all / (threads * PIECES) + 1;
+            parallel((all + part - 1) / part, threads, [&](int64_t k) {
+                for (int64_t i = k * part; i < std::min(all, (k + 1) * part); i++)
+                    make_planes(source + i * g.height * g.width, g, s, into + i * s.of_channel());
             });
             source = into;
         }
@@ -159,11 +166,8 @@ const char* conv(const sct_matrix& m, const float* x, const sct_images& g, const
             const int64_t first = panel * PANEL, tokens = s.tokens - first < PANEL ? s.tokens - first : PANEL;
             const Panel here{source + one * stride + first, places, tokens, false};
             const auto write = [&](uint32_t strip, uint32_t some, const float* sums) {
-                for (int r = 0; r < rows_of(m, strip, some); r++) {
-                    const int64_t row = int64_t(strip) * STRIP + r, out = ((done + one) * m.rows + row) * outputs;
-                    write_row(sums + r * PANEL, s, first, tokens, finish.bias ? finish.bias[row] : 0.0f,
-                              finish.residual ? finish.residual + out : nullptr, finish.activation, y + out);
-                }
+                const int64_t row = int64_t(strip) * STRIP, out = ((done + one) * m.rows + row) * outputs;
+                write_rows(sums, rows_of(m, strip, some), s, first, tokens, finish.from(row, out), y + out);
             };
             multiply(m, cuts, pieces.bounds[piece], pieces.bounds[piece + 1], here, write);
         });

@@ -96,6 +96,13 @@ const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images*
     return "no memory";
 }
 
+const char* sct_max_pool(const float* x, const sct_images* images, int32_t threads, float* y) try {
+    if (threads < 1) return "at least one thread is needed";
+    return sct::max_pool(x, *images, threads, y);
+} catch (const std::bad_alloc&) {
+    return "no memory";
+}
+
 const char* sct_isa(void) { return sct::in_use->name; }
 
 const char* sct_use(const char* isa) {
@@ -120,4 +127,4 @@ const char* sct_use(const char* isa) {
     return "this machine or build has no such instruction set; expected portable, avx2 or avx512";
 }
 
-int32_t sct_version(void) { return 1; }
+int32_t sct_version(void) { return 2; }

@@ -110,12 +110,16 @@ void finish_tokens(const float* tile, Finish f, int64_t tokens, int rows, float*
     }
 }
 
-void finish_row(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y) {
-    for (int64_t t = 0; t < tokens; t += LANES) {
-        const int some = tokens - t < LANES ? int(tokens - t) : LANES;
-        Vec v = load_first(tile + t, some) + all(bias);
-        if (residual) v += load_first(residual + t, some);
-        store_first(y + t, activate(v, activation), some);
+void finish_rows(const float* tile, Finish f, int64_t tokens, int rows, float* y, int64_t stride) {
+    for (int r = 0; r < rows; r++, tile += PANEL, y += stride) {
+        const Vec bias = all(f.bias ? f.bias[r] : 0.0f);
+        const float* const residual = f.residual ? f.residual + r * stride : nullptr;
+        for (int64_t t = 0; t < tokens; t += LANES) {
+            const int some = tokens - t < LANES ? int(tokens - t) : LANES;
+            Vec v = load_first(tile + t, some) + bias;
+            if (residual) v += load_first(residual + t, some);
+            store_first(y + t, activate(v, f.activation), some);
+        }
     }
 }
 
@@ -123,7 +127,7 @@ void finish_row(const float* tile, float bias, const float* residual, int activa
 
 #define SCT_TEXT(name) #name
 #define SCT_NAME(name) SCT_TEXT(name)
-const Kernels kernels = {SCT_NAME(SCT_ISA), strip, add_tile, gather, decode, pack, finish_tokens, finish_row, largest, quantize, strip_int8};
+const Kernels kernels = {SCT_NAME(SCT_ISA), strip, add_tile, gather, decode, pack, finish_tokens, finish_rows, largest, quantize, strip_int8};
 
 }  // namespace SCT_ISA
 }  // namespace sct

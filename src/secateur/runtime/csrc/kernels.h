@@ -38,8 +38,8 @@ struct Kernels {
     void (*pack)(const float* x, int64_t stride, int64_t tokens, int64_t cols, float* panel, int64_t width);
     // y[token][row] of up to GROUP tiles that follow each other, finished: tokens ``stride`` floats apart.
     void (*finish_tokens)(const float* tile, Finish, int64_t tokens, int rows, float* y, int64_t stride);
-    // y[row][token] of one row of a tile, finished with that row's bias.
-    void (*finish_row)(const float* tile, float bias, const float* residual, int activation, int64_t tokens, float* y);
+    // y[row][token] of up to GROUP tiles that follow each other, finished: rows ``stride`` floats apart.
+    void (*finish_rows)(const float* tile, Finish, int64_t tokens, int rows, float* y, int64_t stride);
 
     // For quantized.cpp. The largest magnitude of a token; NaN where a value is not finite.
     float (*largest)(const float* x, int64_t cols);

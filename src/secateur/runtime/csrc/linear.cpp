@@ -8,7 +8,7 @@ namespace sct {
 namespace {
 
 // The outputs of one token from ``row`` to ``end``. A row of tokens and a token of rows look the same.
-void finish_rows(const Finish& finish, int64_t row, int64_t end, float* y) {
+void finish_token(const Finish& finish, int64_t row, int64_t end, float* y) {
     if (!finish.bias && !finish.residual && finish.activation == SCT_NONE) return;
     float sums[PANEL];
     for (int64_t r = row; r < end; r += PANEL) {
@@ -17,7 +17,8 @@ void finish_rows(const Finish& finish, int64_t row, int64_t end, float* y) {
         std::memcpy(sums, y + r, size_t(some) * 4);
         if (finish.bias)
             for (int64_t j = 0; j < some; j++) sums[j] += finish.bias[r + j];
-        in_use->finish_row(sums, 0, finish.residual ? finish.residual + r : nullptr, finish.activation, some, y + r);
+        const Finish rest{nullptr, finish.residual ? finish.residual + r : nullptr, finish.activation};
+        in_use->finish_rows(sums, rest, some, 1, y + r, 0);
     }
 }
 
@@ -40,7 +41,7 @@ void few_tokens(const Matrix& m, const float* x, int64_t n, int64_t stride, cons
             for (int64_t t = 0; t < n; t++) {
                 in_use->decode(m, first, last, x + t * stride, y + t * m.rows);
                 const int64_t rows = std::min(int64_t(last) * STRIP, int64_t(m.rows));
-                finish_rows(finish.from(0, t * m.rows), int64_t(first) * STRIP, rows, y + t * m.rows);
+                finish_token(finish.from(0, t * m.rows), int64_t(first) * STRIP, rows, y + t * m.rows);
             }
         }
     });

@@ -23,8 +23,8 @@ struct Tabled {
 // tile[r][t] = the sum of values[i][r] * x[place of column i][t] over ``blocks`` blocks, r < ROWS, t < T * LANES; added
 // to what is there if ``more``. SETS independent sums hide the latency of multiply-adds where ROWS * T are too few.
 template <int ROWS, int HEIGHT, int T, class Index, class Stored, class Place>
-inline void product(const Index* index, const Stored* values, uint32_t blocks, const float* x, Place place, float* tile,
-                    bool more = false) {
+[[gnu::always_inline]] inline void product(const Index* index, const Stored* values, uint32_t blocks, const float* x,
+                                           Place place, float* tile, bool more = false) {
     constexpr int SETS = ROWS * T >= 8 ? 1 : ROWS * T >= 4 ? 2 : ROWS * T >= 2 ? 4 : 8;
     Vec sums[SETS][ROWS][T];
     clear(sums);

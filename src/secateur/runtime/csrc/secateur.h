@@ -50,6 +50,10 @@ SECATEUR_API const char* sct_linears(const sct_matrix* const* matrices, int32_t 
 SECATEUR_API const char* sct_conv(const sct_matrix* matrix, const float* x, const sct_images* images,
                                   const sct_finish* finish, float* y);
 
+// x -> y (batch, channels, height', width'), the largest value under the kernel, NaN if there is one. dilation is 1,
+// padding at most half of the kernel.
+SECATEUR_API const char* sct_max_pool(const float* x, const sct_images* images, int32_t threads, float* y);
+
 // The instruction set in use: "avx512", "avx2" or "portable". sct_use changes it; "" chooses the best of this machine.
 SECATEUR_API const char* sct_isa(void);
 SECATEUR_API const char* sct_use(const char* isa);

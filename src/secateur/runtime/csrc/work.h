@@ -28,7 +28,7 @@ struct Room {
     }
 };
 
-inline thread_local Room room, scratch;
+inline thread_local Room room;
 
 // Cuts the strips of a matrix into pieces of about equal bytes: bounds[0..pieces].
 struct Pieces {
@@ -78,8 +78,7 @@ template <class Write>
 void multiply(const Matrix& m, const Cuts& cuts, uint32_t first, uint32_t last, const Panel& panel, Write&& write) {
     constexpr uint32_t TOGETHER = 32;  // strips, whose sums are kept while the tiles pass
     constexpr size_t SUMS = TOGETHER * STRIP * PANEL, TILE = Cuts::TILE * PANEL;
-    float* const sums = scratch.of(SUMS + TILE);
-    if (!sums || !cuts.tiles) {
+    if (!cuts.tiles) {
         alignas(64) float tiles[GROUP * STRIP * PANEL];
         for (uint32_t strip = first; strip < last; strip += GROUP) {
             const uint32_t some = last - strip < GROUP ? last - strip : GROUP;
@@ -89,6 +88,7 @@ void multiply(const Matrix& m, const Cuts& cuts, uint32_t first, uint32_t last, 
         }
         return;
     }
+    alignas(64) float sums[SUMS + TILE];
     for (uint32_t begin = first; begin < last; begin += TOGETHER) {
         const uint32_t end = last - begin < TOGETHER ? last : begin + TOGETHER;
         std::memset(sums, 0, size_t(end - begin) * STRIP * PANEL * sizeof(float));
@@ -115,5 +115,6 @@ struct Part {
 
 const char* linear(const Part* parts, int count, const float* x, int64_t n, int64_t stride, int threads);
 const char* conv(const sct_matrix&, const float* x, const sct_images&, const Finish&, int threads, float* y);
+const char* max_pool(const float* x, const sct_images&, int threads, float* y);
 
 }  // namespace sct

@@ -93,7 +93,7 @@ def test_conv_equals_the_expanded_weight(isa: str, seed: int) -> None:
     format = draw.choice(FORMATS)
     kernel = draw.choice([(1, 1), (3, 3), (5, 5), (1, 3), (2, 4)])
     stride, padding, dilation = (tuple(draw.choices(choices, k=2)) for choices in ([1, 1, 2], [0, 1, 2], [1, 1, 2]))
-    channels, rows = draw.choice([1, 2, 3, 8]), draw.choice([1, 4, 17, 40])
+    channels, rows = draw.choice([1, 2, 3, 8, 140]), draw.choice([1, 4, 17, 40])
     packed = pack(weight_of(draw, rows, channels * kernel[0] * kernel[1], format.height), format)
     x = torch.randn(draw.choice([0, 1, 3]), channels, draw.choice([9, 16, 33]), draw.choice([9, 16, 20]))
     bias = torch.randn(rows) if draw.random() < 0.5 else None
@@ -106,6 +106,35 @@ def test_conv_equals_the_expanded_weight(isa: str, seed: int) -> None:
     assert found.shape == expected.shape
     if found.numel():
         close(found, expected)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_max_pool_is_torchs_to_the_bit(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    kernel, stride = ([draw.choice([1, 2, 3, 5]) for _ in range(2)] for _ in range(2))
+    padding = [draw.randint(0, size // 2) for size in kernel]
+    x = torch.randn(draw.choice([0, 1, 3]), draw.choice([1, 7]), draw.choice([5, 9, 20]), draw.choice([5, 16, 33]))
+    x[torch.rand(x.shape) < 0.02] = draw.choice([float("nan"), -float("inf"), 0.0])
+    expected = F.max_pool2d(x, kernel, stride, padding) if len(x) else x.new_empty(0)
+    found = kernels.max_pool(scattered(x), kernel, stride, padding)
+    assert not len(x) or found.shape == expected.shape
+    torch.testing.assert_close(found.flatten(), expected.flatten(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "padding", "message"),
+    [
+        (torch.ones(2, 5, 5), (2, 2), (0, 0), r"shape \(batch, channels, height, width\)"),
+        (torch.ones(1, 2, 5, 5).double(), (2, 2), (0, 0), "found x of torch.float64"),
+        (torch.ones(1, 2, 5, 5), (3, 3), (2, 0), "padding is more than half of the kernel"),
+        (torch.ones(1, 2, 1, 5), (3, 3), (0, 0), "larger than the padded image"),
+        (torch.ones(1, 2, 0, 5), (2, 2), (1, 0), "larger than the padded image"),
+    ],
+)
+def test_what_cannot_be_pooled_is_named(x: Tensor, kernel: tuple, padding: tuple, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        kernels.max_pool(x, kernel, (1, 1), padding)
 
 
 def quantized_reference(x: Tensor, integers: Tensor, scales: Tensor) -> Tensor:

@@ -215,6 +215,16 @@ def test_what_follows_a_layer_is_done_with_it(sparse_wins: None) -> None:
     assert not [call for call in calls if "relu" in call or "batch_norm" in call or "conv" in call or "add" in call]
 
 
+def test_the_engine_pools_what_it_can(sparse_wins: None) -> None:
+    taken = nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1))
+    left = nn.MaxPool2d(2, 1, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2)
+    model, x = zeroed(nn.Sequential(nn.Conv2d(3, 16, 3), *taken, *left)), torch.randn(1, 3, 33, 21)
+    lowered = sc.lower(model, x)
+    targets = [str(node.target) for node in lowered.graph.nodes]
+    assert (targets.count("secateur.max_pool2d.default"), targets.count("aten.max_pool2d.default")) == (2, 2)
+    torch.testing.assert_close(outputs(lowered, x), outputs(model, x))
+
+
 def test_layers_that_read_the_same_share_a_call(sparse_wins: None) -> None:
     lowered = sc.lower(zeroed(Attention()), torch.randn(2, 5, 16))
     (shared,) = [m for m in lowered.modules() if isinstance(m, SharedLinears)]

@@ -195,7 +195,7 @@ def pool_(module: fx.GraphModule) -> None:
             continue
         given: list[Any] = [*node.args, *([], [0], [1], False)[len(node.args) - 2 :]]
         x, kernel, stride, padding, dilation, ceil = given
-        value = x.meta.get("val")
+        value = node.meta.get("val")
         images = isinstance(value, Tensor) and value.ndim == 4 and value.dtype == torch.float32
         if not images or any(d != 1 for d in dilation) or ceil:
             continue

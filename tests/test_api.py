@@ -54,7 +54,8 @@ def test_masked_weights_stay_zero_through_recovery_and_the_report_says_what_zero
         assert bool((result.model.get_parameter(name)[~keep] == 0).all())
     assert result.report.rows[-1].nonzero < 0.4 * result.report.rows[-1].params
     (note,) = [note for note in result.report.notes if "same time and bytes" in note]
-    assert "secateur prune --packed" in note and "--target cpu-sparse" in note
+    assert "secateur prune --packed" in note
+    assert "secateur bench FOLDER --target cpu-sparse" in note
     assert result.report.law is None
 
 

@@ -22,7 +22,7 @@ from secateur.patterns import NM, Block, Pattern
 from secateur.plan import Plan
 from secateur.planning import Described
 from secateur.train.scores import Scorer
-from secateur.train.shards import Part, SharedGlobal, best_here
+from secateur.train.shards import Part, SharedGlobal, best_here, common_group
 
 Values = Callable[[str], Tensor]
 """What is here of a weight's values, by name."""
@@ -54,7 +54,19 @@ class Masks:
 
     @property
     def shared(self) -> bool:
-        return any(part.group is not None for part in self.parts.values())
+        return common_group(self.parts.values()) is not None
+
+    @property
+    def gathered(self) -> frozenset[str]:
+        """What the criterion wants of the gradients of the steps since the last update."""
+        return self.scorer.gathered
+
+    def require_reachable(self, budget: Budget) -> None:
+        """Raise BudgetError for a budget that no masks meet."""
+        if not isinstance(self.pattern, NM):
+            sizes = {n: self.units(n) for n in self.weights}
+            equal = {n: torch.zeros(()).expand(size) for n, size in sizes.items()}
+            counts(self.weights, self.whole, self.pattern, budget, equal, sizes, Uniform, {})
 
     def here(self, name: str) -> Weight:
         """The weight with the shape of what is here of it."""
@@ -124,8 +136,8 @@ def _split_wrong(pattern: Pattern, weight: Weight, part: Part) -> str:
     if isinstance(pattern, Block):
         if weight.out_dim != 0:
             return "its inputs are split over processes"
-        if part.first % pattern.rows or weight.shape[0] % pattern.rows or part.rows % pattern.rows:
-            return f"this process has rows {part.first} to {part.first + part.rows}, which cuts blocks"
+        if part.step % pattern.rows or weight.shape[0] % pattern.rows:
+            return f"each process has {part.step} of its {weight.shape[0]} rows, which cuts blocks"
         if (weight.numel // weight.shape[0]) % pattern.cols:
             return "its inputs are no multiple of a block's"
     return ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from secateur.errors import SpecError
+from secateur.errors import PlanError, SpecError
+from secateur.train.shards import local
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of an optimizer's ``step``, itself first."""
@@ -47,3 +49,32 @@ def once_there_are_gradients(args: tuple[Any, ...], kwargs: dict[str, Any], then
         return loss
 
     return (args[0], *args[2:]), {**kwargs, "closure": once}
+
+
+def left_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a gradient scaler lets a fused optimizer leave out, inside, the step that it takes now."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def unscale_(optimizer: torch.optim.Optimizer) -> None:
+    """Do what a gradient scaler leaves to fused optimizers: make gradients those of the loss."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                local(parameter.grad).div_(scale.to(parameter.grad.device))
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def require_trained(optimizer: torch.optim.Optimizer, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise PlanError where the optimizer does not have one of the weights, by name."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, tensor in weights:
+        if id(tensor) not in owned:
+            raise PlanError(
+                f"the optimizer does not train {name!r}: it was replaced, or belongs to another model; make the "
+                "optimizer from this model's parameters, then the method, or put the weight into ignore="
+            )

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
+from secateur import patterns
+from secateur.errors import PlanError, SpecError
+from secateur.graph.graph import Graph
 from secateur.graph.types import Weight
+from secateur.names import Choice, chosen
+from secateur.patterns import Pattern
 
 _ROWS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _COLUMNS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
+def to_prune(
+    model: nn.Module, graph: Graph | None, pattern: Pattern, ignore: Choice | Sequence[Choice]
+) -> Mapping[str, Weight]:
+    """The weights that the pattern fits and nobody ignores, by name.
+
+    Raises SpecError where there are none, PlanError for one that is not trained, or has no values yet.
+    """
+    known = dict(graph.weights) if graph is not None else weights_of(model)
+    axes = [axis.name for axis in graph.axes] if graph is not None else []
+    ignored = chosen(ignore, [*known, *axes], model, "ignore")
+    fit = {n: w for n, w in known.items() if n not in ignored and not patterns.why_not(pattern, w)}
+    if not fit:
+        raise SpecError(
+            f"pattern {pattern} applies to none of the {len(known)} weights of linear, convolution, recurrent and "
+            f"attention layers that {type(model).__name__} has; choose another, or give graph=analyze(model, inputs)"
+        )
+    for name in fit:
+        weight = model.get_parameter(name)
+        if weight.is_meta:
+            raise PlanError(f"{name!r} has no values yet (device meta); load the model first, then make the method")
+        if not weight.requires_grad:
+            raise PlanError(f"{name!r} is not trained (requires_grad is False); put it into ignore=, or train it")
+    return fit
+
+
 def weights_of(model: nn.Module) -> dict[str, Weight]:
     """The weights of linear layers, convolutions, recurrent and attention layers by name, tied ones once.
 
+    One that an embedding shares is the embedding's, and not among them.
     Their multiply-adds are not known (0). A matrix that a module of one's own multiplies by is not among them: give
     ``graph=analyze(model, inputs)`` for those.
     """

@@ -26,19 +26,18 @@ from secateur.budget import Budget
 from secateur.criteria import Criterion
 from secateur.errors import BudgetError, DataError, PlanError, SpecError
 from secateur.graph.graph import Graph
-from secateur.names import Choice, chosen
+from secateur.graph.types import Weight
+from secateur.names import Choice
 from secateur.patterns import NM, Block, Channel, Pattern, Unstructured
 from secateur.plan import Plan
 from secateur.planning import describe
 from secateur.tasks import Task, plain
-from secateur.train import averages, saving, stages
-from secateur.train.bits import pack, unpack
+from secateur.train import averages, optimizers, places, saving, stages
+from secateur.train.bits import keep_, pack, unpack
 from secateur.train.channels import Channels
 from secateur.train.choose import Masks, own_budget
-from secateur.train.optimizers import Given, innermost, once_there_are_gradients
-from secateur.train.places import weights_of
 from secateur.train.scores import GATHERED, Scorer
-from secateur.train.shards import Part, gather, local, part_of, total
+from secateur.train.shards import Part, common_group, everywhere, gather, local, part_of, total
 from secateur.train.stages import Stage
 
 
@@ -98,10 +97,11 @@ class Pruner:
         shape = patterns.parse(pattern)
         if not isinstance(shape, self.allowed):
             raise SpecError(f"{type(self).__name__} prunes {self.why_only}, not pattern {pattern!r}")
-        self.model, self.optimizer, self.average = plain(model), innermost(optimizer), average
+        self.model, self.optimizer, self.average = plain(model), optimizers.innermost(optimizer), average
         self.pattern, self.steps, self.seed, self.schedule = shape, steps, seed, tuple(schedule)
         self.budget = final(pattern, budget)
-        self.weights = self._chosen(graph, ignore)
+        self.weights: Mapping[str, Weight] = places.to_prune(self.model, graph, shape, ignore)
+        self._known = None if graph is not None else frozenset(places.weights_of(self.model))
         self.applied = self.done = self._seen = 0
         self.bits: dict[str, Tensor] = {}
         self.state: dict[str, dict[str, Tensor]] = {name: {} for name in self.weights}
@@ -109,8 +109,10 @@ class Pruner:
         if average is not None:
             averages.require_same(average, self.model)
         self.parts: dict[str, Part] = {name: part_of(self.tensor(name), name) for name in self.weights}
+        self.group = common_group(self.parts.values())
         self.wish = self._wish(graph, criterion, allocate, task, ignore)
-        self.finished = False
+        self.wish.require_reachable(self.budget)
+        self.finished = self._stepping = False
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -119,12 +121,12 @@ class Pruner:
     def before(self, name: str, weight: Tensor, grad: Tensor | None) -> None:
         """Before the optimizer's step, on what is here of a weight and its gradient."""
         if grad is not None and (mask := self.mask(name)) is not None:
-            grad.mul_(mask)
+            keep_(grad, mask)
 
     def after(self, name: str, weight: Tensor) -> None:
         """After the optimizer's step, on what is here of a weight."""
         if (mask := self.mask(name)) is not None:
-            weight.masked_fill_(~mask, 0)
+            keep_(weight, mask)
 
     def change(self, stage: Stage) -> None:
         """Make new masks. Raises DataError where scores are not finite; nothing has changed then."""
@@ -143,22 +145,26 @@ class Pruner:
         """Call after every ``optimizer.step()``; True where masks have changed.
 
         Where the optimizer left its step out, nothing happens. An update that meets weights or gradients that are
-        NaN or infinite is put off to the next step, with a warning.
+        NaN or infinite is put off to the next step, with a warning. Raises PlanError after ``finish``, and for a model
+        with new weights.
         """
+        if self.finished:
+            raise PlanError("this method let go of its optimizer (finish, detach): its zeros are no longer held")
         if self.applied == self._seen:
             return False
-        self._seen = self.applied
-        due = [i for i, stage in enumerate(self.schedule) if i >= self.done and stage.step <= self.applied]
-        if not due:
+        self._seen, due = self.applied, self.done
+        while due < len(self.schedule) and self.schedule[due].step <= self.applied:
+            due += 1
+        if due == self.done:
             return False
         self._require_same_weights()
         try:
             with torch.no_grad():
-                self.change(self.schedule[due[-1]])
+                self.change(self.schedule[due - 1])
         except DataError as error:
             warnings.warn(f"after step {self.applied} masks stay as they are: {error}", stacklevel=2)
             return False
-        self.done = due[-1] + 1
+        self.done = due
         self._forget_means()
         self._mask_average()
         return True
@@ -169,7 +175,7 @@ class Pruner:
             for name in self.bits:
                 parameter = self.tensor(name)
                 if parameter.grad is not None and (mask := self.mask(name)) is not None:
-                    local(parameter.grad).mul_(mask)
+                    keep_(local(parameter.grad), mask)
 
     @property
     def sparsity(self) -> float:
@@ -189,8 +195,9 @@ class Pruner:
                 f"{self.applied} steps were applied, and the budget {self.budget} is reached at step {last}; train on, "
                 "or make the method with fewer steps"
             )
-        with torch.no_grad():
-            self.settle()
+        if not self.finished:
+            with torch.no_grad():
+                self.settle()
         for name in self.bits:
             kept, tensor = self.mask(name), local(self.tensor(name))
             group = self.parts[name].group if name in self.parts else None
@@ -256,9 +263,9 @@ class Pruner:
         self.bits = {name: pack(mask) for name, mask in masks.items()}
         for name, mask in masks.items():
             tensor = self.tensor(name)
-            gone = ~mask.to(tensor.device)
-            local(tensor).detach().masked_fill_(gone, 0)
-            averages.clear_moments(self.optimizer, tensor, gone)
+            here = mask.to(tensor.device)
+            keep_(local(tensor).detach(), here)
+            averages.clear_moments(self.optimizer, tensor, ~here)
 
     def live(self) -> Iterator[tuple[str, Tensor, Tensor | None]]:
         """Name, what is here of the tensor, and of its gradient: of all weights, and of what else has a mask."""
@@ -270,20 +277,10 @@ class Pruner:
 
     def _kept(self, name: str) -> Tensor:
         shape = self.parts[name].local_shape if name in self.parts else self.tensor(name).shape
-        return unpack(self.bits[name], shape)
+        return unpack(self.bits[name].to(self.tensor(name).device), shape)
 
     def _removed(self, name: str) -> int:
         return int(total((~self._kept(name)).sum(), self.parts[name].group))
-
-    def _chosen(self, graph: Graph | None, ignore: Choice | Sequence[Choice]) -> dict[str, Any]:
-        known = dict(graph.weights) if graph is not None else weights_of(self.model)
-        self._known = None if graph is not None else frozenset(known)
-        places = [*known, *(axis.name for axis in graph.axes)] if graph is not None else list(known)
-        ignored = chosen(ignore, places, self.model, "ignore")
-        fit = {n: w for n, w in known.items() if n not in ignored and not patterns.why_not(self.pattern, w)}
-        if not fit:
-            raise SpecError(f"pattern {self.pattern} applies to none of the {len(known)} weights; choose another")
-        return fit
 
     def _wish(
         self,
@@ -293,21 +290,22 @@ class Pruner:
         task: Task | None,
         ignore: Choice | Sequence[Choice],
     ) -> Masks | Channels:
+        strategy = resolve_strategy(allocate)
+        described = describe(str(self.pattern), self.budget, criterion, allocate, self.seed)
         if isinstance(self.pattern, Channel):
             if graph is None:
                 raise SpecError(
                     f"pattern {self.pattern} needs graph=sc.analyze(model, inputs), which knows the channels"
                 )
             wishes = {"criterion": criterion, "allocate": allocate, "task": task, "ignore": ignore, "seed": self.seed}
-            return Channels(self.model, graph, {"pattern": str(self.pattern), **wishes})
+            return Channels(self.model, graph, {"pattern": str(self.pattern), **wishes}, described)
         if self.budget.kind not in ("sparsity", "params") and not (self.budget.kind == "macs" and graph is not None):
             raise SpecError(
                 f"budget {self.budget} cannot be met by masks here; expected sparsity, params, or macs with graph="
             )
         whole = Whole(sum(p.numel() for p in self.model.parameters()), graph.cost().macs if graph is not None else 0)
-        scorer = Scorer(criterion, self.model, graph, task, self.seed, self.weights)
-        described = describe(str(self.pattern), self.budget, criterion, allocate, self.seed)
-        return Masks(self.weights, self.parts, self.pattern, resolve_strategy(allocate), whole, scorer, described)
+        scorer = Scorer(criterion, self.model, graph, task, self.seed, self.weights, self.group)
+        return Masks(self.weights, self.parts, self.pattern, strategy, whole, scorer, described)
 
     def _attach(self) -> None:
         self._handles = [
@@ -315,26 +313,40 @@ class Pruner:
             self.optimizer.register_step_post_hook(self._after),
         ]
 
-    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
-        return once_there_are_gradients(args, kwargs, self._prepare)
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> optimizers.Given | None:
+        return optimizers.once_there_are_gradients(args, kwargs, self._prepare)
 
     def _prepare(self) -> None:
+        """Once there are gradients, before the optimizer uses them."""
+        if optimizers.left_out(self.optimizer):
+            return
         self._require_owned()
-        gathered = self.wish.scorer.gathered if isinstance(self.wish, Masks) else frozenset()
+        self._stepping = True
         with torch.no_grad():
+            self._gather()
             for name, weight, grad in self.live():
-                if gathered and grad is not None and name in self.state and bool(torch.isfinite(grad).all()):
-                    for what in gathered:
-                        sums = self.state[name].setdefault(what, torch.zeros_like(grad, dtype=torch.float32))
-                        sums.add_(GATHERED[what](grad.float()))
                 self.before(name, weight, grad)
 
-    def _after(self, optimizer: torch.optim.Optimizer, *given: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # fused optimizers leave their step out inside
-        self.applied += 0 if found_inf is not None and bool(found_inf) else 1
+    def _after(self, *_: Any) -> None:
+        if not self._stepping:
+            return
+        self._stepping = False
+        self.applied += 1
         with torch.no_grad():
-            for name, weight, _ in self.live():
+            for name, weight, _grad in self.live():
                 self.after(name, weight)
+
+    def _gather(self) -> None:
+        """Add up what the criterion wants of gradients; those of a step where any are NaN or infinite do not count."""
+        if not (gathered := self.wish.gathered):
+            return
+        grads = {n: grad for n, _, grad in self.live() if n in self.weights and grad is not None}
+        if not grads or not all(everywhere([grad.isfinite().all() for grad in grads.values()], self.group)):
+            return
+        for name, grad in grads.items():
+            for what in gathered:
+                sums = self.state[name].setdefault(what, torch.zeros_like(grad, dtype=torch.float32))
+                sums.add_(GATHERED[what](grad.float()))
 
     def _means(self) -> dict[str, dict[str, Tensor]]:
         """What was gathered of gradients; sums rank and pool as means do."""
@@ -346,24 +358,14 @@ class Pruner:
                 kept.pop(what, None)
 
     def _mask_average(self) -> None:
-        if self.average is None:
-            return
-        named = averages.tensors_of(averages.inner(self.average))
-        with torch.no_grad():
-            for name in self.bits:
-                local(named[name]).masked_fill_(~self._kept(name).to(named[name].device), 0)
+        if self.average is not None:
+            averages.mask(self.average, ((name, self._kept(name)) for name in self.bits))
 
     def _require_owned(self) -> None:
-        owned = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        for name in self.weights:
-            if id(self.tensor(name)) not in owned:
-                raise PlanError(
-                    f"the optimizer does not train {name!r}: it was replaced, or belongs to another model; make the "
-                    "optimizer from this model's parameters, then the method, or put the weight into ignore="
-                )
+        optimizers.require_trained(self.optimizer, ((name, self.tensor(name)) for name in self.weights))
 
     def _require_same_weights(self) -> None:
-        if self._known is not None and (new := weights_of(self.model).keys() - self._known):
+        if self._known is not None and (new := places.weights_of(self.model).keys() - self._known):
             raise PlanError(f"the model has got a new weight, {min(new)!r}; make the method anew after changing it")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -66,21 +66,24 @@ def load(pruner: Pruner, state: Mapping[str, Any]) -> None:
         bits = {name: _bits(pruner, name, packed) for name, packed in state["masks"].items()}
         kept = {n: {k: _here(pruner, n, v) for k, v in values.items()} for n, values in state["state"].items()}
         applied, done = int(state["applied"]), int(state["done"])
-        units = state.get("units")
+        if kept.keys() != pruner.state.keys() or not 0 <= done <= len(pruner.schedule) or applied < 0:
+            raise DataError(f"the state is damaged: {len(kept)} weights, {applied} steps, {done} stages")
+        if isinstance(pruner.wish, Channels):
+            pruner.wish.restore(state.get("units"))
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"this is no state of a training method, or a damaged one: {error!r}") from error
-    if isinstance(pruner.wish, Channels) and units is not None:
-        pruner.wish.restore(units)
     pruner.bits, pruner.state = bits, kept
     pruner.applied = pruner._seen = applied
     pruner.done = done
 
 
 def _whole(pruner: Pruner, name: str, value: Tensor) -> Tensor:
-    """With a row for each row of its parameter that is here, split as that is, so that a distributed checkpoint can
-    split it otherwise; or a copy."""
+    """A copy; of what has a row for each row of its parameter that is here, split over processes as that is.
+
+    A distributed checkpoint can then split it otherwise.
+    """
     parameter = pruner.tensor(name)
     if not is_shared(parameter) or value.shape[:1] != local(parameter).shape[:1]:
         return value.clone()
@@ -98,11 +101,16 @@ def _whole(pruner: Pruner, name: str, value: Tensor) -> Tensor:
 
 
 def _here(pruner: Pruner, name: str, value: Tensor) -> Tensor:
-    """What is here of a saved tensor, on the parameter's device."""
-    parameter = pruner.tensor(name)
+    """What is here of a saved tensor, on the parameter's device. Raises DataError for one that is split otherwise."""
+    parameter, part = pruner.tensor(name), pruner.parts[name]
     here = local(value) if is_shared(value) else value
     if not is_shared(value) and value.shape[:1] == parameter.shape[:1]:
-        here = pruner.parts[name].slice(value)
+        here = part.slice(value)
+    elif is_shared(value) and (value.shape[0], len(here)) != (part.shape[0], part.local_shape[0]):
+        raise DataError(
+            f"the state of {name!r} is split over another number of processes; load it whole, as full_tensor() gives "
+            "it, or through torch.distributed.checkpoint"
+        )
     return here.detach().to(parameter.device).clone()
 
 

@@ -14,12 +14,15 @@ from secateur.graph.graph import Graph
 from secateur.graph.types import Weight
 from secateur.stats import Stats, collect
 from secateur.tasks import Task
+from secateur.train.shards import Group, everywhere
 
 GATHERED: Mapping[str, Callable[[Tensor], Tensor]] = {"grad_abs": torch.abs, "grad_square": torch.square}
 """Statistics that are means over steps of something made of the gradient."""
 
 SPLITTABLE = ("magnitude", "l2", "taylor", "fisher")
 """Built-in criteria that score a weight from itself alone, so that any part of a tensor can be scored alone."""
+
+_NARROW = (torch.float16, torch.bfloat16)  # squares of small weights would all be zero there
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,7 @@ class Scorer:
     task: Task | None
     seed: int
     weights: Mapping[str, Weight]
+    group: Group | None = None
 
     def __post_init__(self) -> None:
         if self.elsewhere and self.graph is None:
@@ -39,6 +43,7 @@ class Scorer:
                 f"criterion {self.criterion!r} asks for {min(self.elsewhere)!r}, which takes graph=sc.analyze(model, "
                 "inputs), and task= where it comes from data; or choose magnitude or taylor"
             )
+        require_data(self.elsewhere, self.criterion, self.task)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -64,7 +69,10 @@ class Scorer:
     def scores(
         self, values: Mapping[str, Tensor], means: Mapping[str, Mapping[str, Tensor]], names: Iterable[str]
     ) -> dict[str, Tensor]:
-        """Scores of what is here of each weight. Raises DataError where they are not finite."""
+        """Scores of what is here of each weight, not below float32.
+
+        Raises DataError, in all processes that share weights, where any are not finite.
+        """
         names = list(names)
         function = resolve(self.criterion)
         found: dict[str, Stats] = {}
@@ -75,8 +83,16 @@ class Scorer:
             stats = {**(found[name].values if found else {}), **means.get(name, {})}
             if missing := self.needs - stats.keys():
                 raise DataError(f"no gradient of {name!r} was seen for {min(missing)!r} yet")
-            score = function(values[name], Stats(name, self.weights[name].out_dim, self.seed, stats))
-            if not bool(torch.isfinite(score).all()):
+            value = values[name].float() if values[name].dtype in _NARROW else values[name]
+            scores[name] = function(value, Stats(name, self.weights[name].out_dim, self.seed, stats))
+        finite = everywhere([torch.isfinite(score).all() for score in scores.values()], self.group)
+        for name, good in zip(scores, finite, strict=True):
+            if not good:
                 raise DataError(f"the scores of {name!r} are not finite; look at the loss and the learning rate")
-            scores[name] = score
         return scores
+
+
+def require_data(needs: Iterable[str], criterion: str | Criterion, task: Task | None) -> None:
+    """Raise SpecError where a criterion asks for what comes from data, and there are none."""
+    if task is None and (on_data := set(needs) - {"norm_scale"}):
+        raise SpecError(f"criterion {criterion!r} asks for {min(on_data)!r}, which comes from data; give task=")

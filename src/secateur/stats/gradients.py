@@ -144,13 +144,7 @@ class FisherBlocks:
     """
 
     def __init__(self, weights: Grads, places: Mapping[str, Weight]) -> None:
-        size = sum(8 * BLOCK * w.numel() for w in weights.values())
-        if size > LARGEST:
-            raise DataError(
-                f"the Fisher matrix of {sum(w.numel() for w in weights.values()):,} weights takes {size / 2**30:.1f} "
-                f"GiB in blocks of {BLOCK}, more than {LARGEST / 2**30:g}; use criterion='fisher', which keeps its "
-                "diagonal only, or ignore= the largest weights"
-            )
+        require_room(sum(w.numel() for w in weights.values()), "criterion='fisher'")
         self._weights, self._places = weights, places
         self._blocks: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Tensor]] = {name: [] for name in weights}
@@ -192,9 +186,22 @@ class FisherBlocks:
             self._blocks[name].baddbmm_(together, together.mT)
 
 
+def require_room(weights: int, instead: str) -> None:
+    """Raise DataError where the blocks of so many weights would take more than ``LARGEST``."""
+    if (size := 8 * BLOCK * weights) > LARGEST:
+        raise DataError(
+            f"the Fisher matrix of {weights:,} weights takes {size / 2**30:.1f} GiB in blocks of {BLOCK}, more than "
+            f"{LARGEST / 2**30:g}; use {instead}, which keeps its diagonal only, or ignore= the largest weights"
+        )
+
+
+def damped(blocks: Tensor, damping: float) -> Tensor:
+    """Blocks (n, b, b) with ``damping`` added to their diagonals, so that they can be inverted."""
+    return blocks + damping * torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+
+
 def _inverse_diagonal(blocks: Tensor) -> Tensor:
-    damped = blocks + DAMPING * torch.eye(BLOCK, dtype=blocks.dtype, device=blocks.device)
-    inverse: Tensor = torch.linalg.inv(damped)
+    inverse: Tensor = torch.linalg.inv(damped(blocks, DAMPING))
     return inverse.diagonal(dim1=1, dim2=2)
 
 

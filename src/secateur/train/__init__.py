@@ -12,10 +12,28 @@ plan = pruner.finish()
 from secateur.train.acdc import ACDC
 from secateur.train.asp import ASP
 from secateur.train.distill import Distill
+from secateur.train.gates import L0
 from secateur.train.gradual import Gradual
+from secateur.train.movement import Movement, SoftMovement
 from secateur.train.pruner import Pruner
 from secateur.train.rates import rewinding
 from secateur.train.rigl import RigL
 from secateur.train.set_ import SET
+from secateur.train.srste import SRSTE
+from secateur.train.thresholds import STR
 
-__all__ = ["ACDC", "ASP", "SET", "Distill", "Gradual", "Pruner", "RigL", "rewinding"]
+__all__ = [
+    "ACDC",
+    "ASP",
+    "L0",
+    "SET",
+    "SRSTE",
+    "STR",
+    "Distill",
+    "Gradual",
+    "Movement",
+    "Pruner",
+    "RigL",
+    "SoftMovement",
+    "rewinding",
+]

@@ -579,7 +579,7 @@ def test_a_trained_network_with_nan_in_it_is_no_start():
     model = mlp()
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with pytest.raises(DataError, match=r"weights of '0.weight' are not finite"):
+    with pytest.raises(DataError, match=r"scores of '0.weight' are not finite"):
         ASP(model, sgd(model), steps=40)
 
 

@@ -105,17 +105,18 @@ class DropAndGrow(SparseStart):
         """The mask of what is here of a weight after an exchange."""
         assert isinstance(self.wish, Masks)
         here, part, size, share = self.wish.here(name), self.parts[name], self.wish.units(name), self.share(stage.step)
+        growth = growth.to(scores.dtype)
         if isinstance(self.pattern, NM):  # what a group loses, it gets back; tails of groups stay as they are
-            kept, _ = _dropped(old.flatten(), scores.float().flatten(), share, size, part)
-            return patterns.nm_mask(self.pattern, growth.float().masked_fill(kept.view(old.shape), math.inf), here)
-        active, low, high = (patterns.pool(self.pattern, x.float(), here) for x in (old, scores, growth))
+            kept, _ = _dropped(old.flatten(), scores.flatten(), share, size, part)
+            return patterns.nm_mask(self.pattern, growth.masked_fill(kept.view(old.shape), math.inf), here)
+        active, low, high = (patterns.pool(self.pattern, x, here) for x in (old.to(scores.dtype), scores, growth))
         sizes = patterns.edge_sizes(self.pattern, here)
         if sizes is None:
             return patterns.spread(self.pattern, _swapped(active > 0, low, high, share, size, part), here)
         units = torch.zeros_like(active, dtype=torch.bool)
         for elements in sorted(
             set(sizes.tolist())
-        ):  # blocks at the edge are smaller: equals for equals keeps the budget
+        ):  # blocks at the edge are smaller; equals for equals fits the budget
             at = (sizes == elements).to(active.device)
             units[at] = _swapped(active[at] > 0, low[at], high[at], share, int(at.sum()), part)
         return patterns.spread(self.pattern, units, here)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from secateur.errors import DataError
 from secateur.train.regrow import DropAndGrow
 from secateur.train.shards import total
 from secateur.train.stages import Stage
@@ -52,8 +54,10 @@ class RigL(DropAndGrow):
         mask = self._kept(name)
         if here is None:
             here = mask.new_zeros(mask.shape, dtype=self.value(name).dtype)
-        self.require_finite(name, here, "gradients")
-        useful = int(total(((here != 0) & ~mask).sum(), self.parts[name].group))
+        counts = torch.stack([(~here.isfinite()).sum(), ((here != 0) & ~mask).sum()])
+        wrong, useful = total(counts, self.parts[name].group).tolist()
+        if wrong:
+            raise DataError(f"gradients of {name!r} are not finite; look at the loss and the learning rate")
         return here if useful else None
 
     def _keep(self, name: str, grad: Tensor | None) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from secateur.errors import DataError, SpecError
+from secateur.errors import SpecError
 from secateur.train import averages
 from secateur.train.bits import pack, unpack
 from secateur.train.choose import Masks
 from secateur.train.pruner import Pruner
-from secateur.train.shards import local, total
+from secateur.train.shards import local
 
 
 class SparseStart(Pruner):
@@ -37,16 +37,9 @@ class SparseStart(Pruner):
 
     def scored(self) -> dict[str, Tensor]:
         """Scores of what is here of all weights. Raises DataError, in every process, where they are not finite."""
-        values = {name: self.value(name) for name in self.weights}
-        for name, value in values.items():
-            self.require_finite(name, value, "weights")
         assert isinstance(self.wish, Masks)
+        values = {name: self.value(name) for name in self.weights}
         return self.wish.scorer.scores(values, self._means(), list(values))
-
-    def require_finite(self, name: str, here: Tensor, what: str) -> None:
-        """Raise DataError, in every process that shares a weight, where one of them holds NaN or infinity."""
-        if int(total((~here.isfinite()).sum(), self.parts[name].group)):
-            raise DataError(f"{what} of {name!r} are not finite; look at the loss and the learning rate")
 
     def require_scores_now(self) -> None:
         """Raise SpecError for a criterion that asks for gradients, which there are none of before the first step."""

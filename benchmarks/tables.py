@@ -14,6 +14,7 @@ from typing import Any
 
 import common
 import sparse_tables
+import training_tables
 from common import Row
 from secateur.files import read_json, write_atomic
 from secateur.report.html import count, size
@@ -279,6 +280,8 @@ FORMS: dict[str, Callable[[dict[str, Row]], Iterable[Sequence[str]]]] = {
     "sparse_kernels": sparse_tables.kernels,
     "sparse_models": sparse_tables.models,
     "gpu": sparse_tables.gpu,
+    "training": training_tables.methods,
+    "training_cost": training_tables.costs,
 }
 
 

@@ -14,11 +14,17 @@ from secateur.train.asp import ASP
 from secateur.train.distill import Distill
 from secateur.train.gates import L0
 from secateur.train.gradual import Gradual
+from secateur.train.group_lasso import GroupLasso
+from secateur.train.growing import GrowingReg
 from secateur.train.movement import Movement, SoftMovement
+from secateur.train.proximal import Proximal
 from secateur.train.pruner import Pruner
 from secateur.train.rates import rewinding
 from secateur.train.rigl import RigL
+from secateur.train.second_order import SecondOrder
 from secateur.train.set_ import SET
+from secateur.train.shrinking import shrink_
+from secateur.train.slimming import Slimming
 from secateur.train.srste import SRSTE
 from secateur.train.thresholds import STR
 
@@ -31,9 +37,15 @@ __all__ = [
     "STR",
     "Distill",
     "Gradual",
+    "GroupLasso",
+    "GrowingReg",
     "Movement",
+    "Proximal",
     "Pruner",
     "RigL",
+    "SecondOrder",
+    "Slimming",
     "SoftMovement",
     "rewinding",
+    "shrink_",
 ]

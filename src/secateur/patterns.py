@@ -113,9 +113,9 @@ def why_not(pattern: Pattern, weight: Weight) -> str:
     if isinstance(pattern, NM) and weight.shape[weight.in_dim] < pattern.m:
         return f"has {weight.shape[weight.in_dim]} inputs, fewer than the {pattern.m} of a {pattern} group"
     if isinstance(pattern, Block):
-        outputs = weight.shape[weight.out_dim]
-        if outputs < pattern.rows or weight.numel // outputs < pattern.cols:
-            return f"is {outputs}x{weight.numel // outputs}, smaller than a block of {pattern.rows}x{pattern.cols}"
+        outputs, inputs = _matrix(weight)
+        if outputs < pattern.rows or inputs < pattern.cols:
+            return f"is {outputs}x{inputs}, smaller than a block of {pattern.rows}x{pattern.cols}"
     return ""
 
 
@@ -138,8 +138,7 @@ def unit_size(pattern: Pattern) -> int:
 
 def edge_sizes(pattern: Pattern, weight: Weight) -> Tensor | None:
     """Elements of every unit, flat, where blocks do not tile the weight; None where all units are equal."""
-    outputs = weight.shape[weight.out_dim]
-    inputs = weight.numel // outputs
+    outputs, inputs = _matrix(weight)
     if not isinstance(pattern, Block) or (outputs % pattern.rows == 0 and inputs % pattern.cols == 0):
         return None
     return _sizes(pattern, outputs, inputs).flatten()
@@ -149,9 +148,9 @@ def spread(pattern: Pattern, keep: Tensor, weight: Weight) -> Tensor:
     """Flat flags per unit -> a mask of the weight's shape; the inverse of ``pool``."""
     if isinstance(pattern, Block):
         rows, cols = _grid(pattern, weight)
-        outputs = weight.shape[weight.out_dim]
+        outputs, inputs = _matrix(weight)
         wide = keep.view(rows, 1, cols, 1).expand(rows, pattern.rows, cols, pattern.cols)
-        view = wide.reshape(rows * pattern.rows, -1)[:outputs, : weight.numel // outputs]
+        view = wide.reshape(rows * pattern.rows, cols * pattern.cols)[:outputs, :inputs]
         moved = [n for d, n in enumerate(weight.shape) if d != weight.out_dim]
         return view.reshape(outputs, *moved).movedim(0, weight.out_dim).contiguous()
     return keep.view(weight.shape)
@@ -172,9 +171,15 @@ def nm_mask(pattern: NM, scores: Tensor, weight: Weight) -> Tensor:
     return mask.movedim(-1, weight.in_dim).contiguous()
 
 
+def _matrix(weight: Weight) -> tuple[int, int]:
+    """Outputs, which a process may have none of, and everything else."""
+    others = (n for dim, n in enumerate(weight.shape) if dim != weight.out_dim)
+    return weight.shape[weight.out_dim], math.prod(others)
+
+
 def _grid(pattern: Block, weight: Weight) -> tuple[int, int]:
-    outputs = weight.shape[weight.out_dim]
-    return math.ceil(outputs / pattern.rows), math.ceil(weight.numel // outputs / pattern.cols)
+    outputs, inputs = _matrix(weight)
+    return math.ceil(outputs / pattern.rows), math.ceil(inputs / pattern.cols)
 
 
 def _sizes(pattern: Block, outputs: int, inputs: int) -> Tensor:

@@ -109,7 +109,7 @@ def _carried_out(model: nn.Module, plan: Plan, inputs: Any) -> Shrunk:
         )
     if done.factors:
         raise PlanError(
-            f"the attention of {type(model).__name__} works out its scale from a width that changes, so weights such as "
+            f"the attention of {type(model).__name__} works out its scale from a width that changes, so weights like "
             f"{min(done.factors)!r} would have to be multiplied, and the optimizer's steps not fit them any more; "
             "ignore= the widths of heads when pruning, or end this training, and use secateur.shrink"
         )

@@ -101,7 +101,7 @@ def _legal(pattern, mask, weight):
 @pytest.mark.parametrize("first", ["model", "method"])
 @pytest.mark.parametrize("optimizer", [sgd, adam])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("stop", [0, 1, 7, 12, 33])
+@pytest.mark.parametrize("stop", [0, 7, 33])
 def test_training_resumes_to_the_bit_whichever_is_made_or_loaded_first(method, optimizer, first, stop, tmp_path):
     model = mlp()
     whole = METHODS[method](model, optimizer := (make := optimizer)(model))
@@ -254,9 +254,8 @@ def test_what_grows_is_zero_and_adam_takes_no_leap_with_it(method):
         seen += int(grown.sum())
         assert (weight[grown] == 0).all()
         assert (state["exp_avg"][grown] == 0).all()
-        torch.testing.assert_close(
-            state["exp_avg_sq"][grown], state["exp_avg_sq"][stayed].mean().expand(int(grown.sum()))
-        )
+        level = state["exp_avg_sq"][stayed].mean().expand(int(grown.sum()))
+        torch.testing.assert_close(state["exp_avg_sq"][grown], level, rtol=1e-5, atol=0)
     assert seen > 3
 
 
@@ -287,6 +286,23 @@ def test_the_largest_weights_are_never_dropped(method, pattern):
     assert moved
 
 
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_weights_that_happen_to_be_zero_are_not_taken_for_those_that_have_gone(method):
+    model = mlp()
+    optimizer = sgd(model)
+    pruner = METHODS[method](model, optimizer)
+    train(model, optimizer, pruner, range(3))
+    old = pruner.mask("0.weight")
+    optimizer.zero_grad()
+    backward(model, 3)
+    optimizer.step()
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert pruner.step()
+    grown = int((pruner.mask("0.weight") & ~old).sum())
+    assert 0 < grown <= int(pruner.share(4) * int(old.sum()))
+
+
 def test_gradients_are_kept_for_growing_before_they_are_masked_for_clipping():
     def run(clip):
         model = mlp()
@@ -299,7 +315,8 @@ def test_gradients_are_kept_for_growing_before_they_are_masked_for_clipping():
                 pruner.mask_gradients()
                 nn.utils.clip_grad_norm_(model.parameters(), 1e9)
             optimizer.step()
-            pruner.step()
+            if pruner.step():
+                assert not any(pruner.state.values())  # and no longer than until then
         return model, masks_of(pruner)
 
     (plain, without), (clipped, with_it) = run(clip=False), run(clip=True)

@@ -50,7 +50,8 @@ class Gradual(Pruner):
         else:
             first = steps // 4 if begin is None else begin
             last = max(first, int(_end(float(wish.removed)) * steps)) if end is None else end
-            chosen = tuple(stages.cubic(wish, first, last, every or max(1, steps // 64), steps))
+            gap = max(1, steps // 64) if every is None else every
+            chosen = tuple(stages.cubic(wish, first, last, gap, steps))
         super().__init__(model, optimizer, budget, steps, chosen, **common)
 
 

@@ -86,9 +86,8 @@ class DropAndGrow(SparseStart):
         }
         self.set_masks(new)
         for name, mask in new.items():
-            tensor, grown = self.tensor(name), mask & ~old[name]
-            averages.clear_moments(self.optimizer, tensor, grown)
-            averages.level_moments(self.optimizer, tensor, grown, mask & old[name], self.parts[name].group)
+            grown, stayed = mask & ~old[name], mask & old[name]  # what was masked has no moments: they are all zero
+            averages.level_moments(self.optimizer, self.tensor(name), grown, stayed, self.parts[name].group)
 
     def random(self, name: str, moment: str) -> Tensor:
         """Uniform numbers in [0, 1), one for each unit, on all of its elements that are here."""

@@ -68,8 +68,8 @@ def test_the_top_and_the_command_line_do_not_import_torch_when_read() -> None:
 
 
 OPTIONAL = {
-    "altair", "mlflow", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "tensorboard", "timm", "torchvision",
-    "transformers", "vl_convert",
+    "accelerate", "altair", "lightning", "mlflow", "onnx", "onnxruntime", "onnxscript", "PIL", "sklearn", "tensorboard",
+    "timm", "torchvision", "transformers", "vl_convert",
 }  # fmt: skip
 
 

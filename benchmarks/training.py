@@ -37,22 +37,29 @@ import common
 import nets
 from common import Row
 from secateur import train as methods
+from secateur.apply.shrink import shrink
 from secateur.datasets import load as dataset
+from secateur.graph import analyze
 from secateur.tasks import Classification, evaluate
 from secateur.train.places import weights_of
 from weights import data_folder
 
-SPARSITIES = (0.9, 0.8, 0.95)
-MODERATE = (0.2, 0.5, 0.7)
-"""Sparsities of the claim that moderate pruning does not hurt."""
+SPARSITIES = ("90%", "80%", "95%")
+FEWEST = "98%"
+"""Of the fully connected networks, which lose little before."""
+
+MODERATE = ("20%", "50%", "70%")
+"""Of the claim that moderate pruning does not hurt."""
 
 CLAIM = ("post", "gradual", "ac/dc")
+GROUPS, HALF = "2:4", "channel 2x"
+"""Two of every four weights; channels, for half of the multiply-adds."""
+
 RATES = (0.02, 0.05, 0.1, 0.2)
-CHOICE = 0.9
+CHOICE = "90%"
 IMAGES = 12_800
 
-Optimizer = torch.optim.Optimizer
-Make = Callable[..., Any]
+Make = Callable[["Start"], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,14 +138,69 @@ def data(setting: Setting) -> Classification:
 # --- methods ---------------------------------------------------------------------------------------
 
 
-def post(model: nn.Module, optimizer: Optimizer, budget: str, steps: int, setting: Setting, seed: int) -> Any:
-    at = 1 if setting.pretrained else steps // 2
-    return methods.Gradual(model, optimizer, budget, steps, schedule=[(at, budget)])
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a method is made for."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps: int
+    goal: str
+    pretrained: bool
+    seed: int
+
+    def make(self, name: str, **options: Any) -> Any:
+        """The method of ``secateur.train`` of that name."""
+        budget: str | None = f"sparsity={self.goal}"
+        if self.goal == GROUPS:
+            budget, options = None, {"pattern": GROUPS, **options}
+        if self.goal == HALF:
+            graph = analyze(self.model, torch.randn(2, 3, 32, 32))
+            budget, options = "macs=50%", {"pattern": "channel", "graph": graph, **options}
+        return getattr(methods, name)(self.model, self.optimizer, budget, self.steps, seed=self.seed, **options)
+
+    def once(self, step: int, **options: Any) -> Any:
+        """All at once after a step."""
+        goal = {GROUPS: "sparsity=50%", HALF: "macs=50%"}.get(self.goal, f"sparsity={self.goal}")
+        return self.make("Gradual", schedule=[(step, goal)], **options)
 
 
-def random(model: nn.Module, optimizer: Optimizer, budget: str, steps: int, setting: Setting, seed: int) -> Any:
-    chance: Any = {"criterion": "random", "allocate": "erk", "seed": seed}
-    return methods.Gradual(model, optimizer, budget, steps, schedule=[(1, budget)], **chance)
+def method(name: str, **pretrained: Any) -> Make:
+    """A method with its defaults, and with ``pretrained`` where it starts from trained weights."""
+    return lambda start: start.make(name, **(pretrained if start.pretrained else {}))
+
+
+METHODS: dict[str, Make | None] = {
+    "dense": None,
+    "small dense": None,
+    "random": lambda start: start.once(1, criterion="random", allocate="erk"),
+    "post": lambda start: start.once(1 if start.pretrained else start.steps // 2),
+    "gradual": method("Gradual", begin=0),
+    "ac/dc": method("ACDC"),
+    "rigl": method("RigL", start="magnitude"),
+    "set": method("SET", start="magnitude"),
+    "movement": method("Movement"),
+    "soft movement": method("SoftMovement"),
+    "second order": method("SecondOrder"),
+    "str": method("STR"),
+    "l0": method("L0"),
+    "proximal": method("Proximal"),
+}
+OF_GROUPS: dict[str, Make | None] = {name: METHODS[name] for name in ("post", "gradual")} | {
+    "asp": method("ASP"),
+    "sr-ste": method("SRSTE"),
+}
+OF_CHANNELS: dict[str, Make | None] = {
+    "random": lambda start: start.once(1, criterion="random", allocate="uniform"),
+    **{name: METHODS[name] for name in ("small dense", "post", "gradual", "proximal")},
+    "group lasso": method("GroupLasso"),
+    "growing": method("GrowingReg"),
+    "slimming": method("Slimming"),
+}
+
+
+def of(goal: str) -> dict[str, Make | None]:
+    return {GROUPS: OF_GROUPS, HALF: OF_CHANNELS}.get(goal, METHODS)
 
 
 def cosine(done: float) -> float:
@@ -146,45 +208,17 @@ def cosine(done: float) -> float:
     return min(1.0, done / 0.05 + 0.01) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def method(name: str, **pretrained: Any) -> Make:
-    """A method with its defaults, and with ``pretrained`` where it starts from trained weights."""
-
-    def make(model: nn.Module, optimizer: Optimizer, budget: str, steps: int, setting: Setting, seed: int) -> Any:
-        options = pretrained if setting.pretrained else {}
-        return getattr(methods, name)(model, optimizer, budget, steps, seed=seed, **options)
-
-    return make
-
-
-METHODS: dict[str, Make | None] = {
-    "dense": None,
-    "small dense": None,
-    "random": random,
-    "post": post,
-    "gradual": method("Gradual", begin=0),
-    "ac/dc": method("ACDC"),
-    "rigl": method("RigL", start="magnitude"),
-    "set": method("SET", start="magnitude"),
-    "movement": method("Movement"),
-    "soft movement": method("SoftMovement"),
-    "second order": method("SecondOrder", begin=0),
-    "str": method("STR"),
-    "l0": method("L0"),
-    "proximal": method("Proximal"),
-}
-
-
 # --- one row ---------------------------------------------------------------------------------------
 
 
-def trained(setting: Setting, method: str, sparsity: float, rate: float, seed: int) -> tuple[nn.Module, Row]:
+def trained(setting: Setting, method: str, goal: str, rate: float, seed: int) -> tuple[nn.Module, Row]:
     """A network trained by a method, and what it took."""
-    task, budget = data(setting), f"sparsity={sparsity:.0%}"
+    task = data(setting)
     torch.manual_seed(seed)
-    model = setting.build(narrow(setting, sparsity) if method == "small dense" else 1.0).train()
+    model = setting.build(narrow(setting, goal) if method == "small dense" else 1.0).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    steps, make = setting.epochs * len(task.batches("train")), METHODS[method]
-    pruner = make(model, optimizer, budget, steps, setting, seed) if make is not None else None
+    steps, make = setting.epochs * len(task.batches("train")), of(goal)[method] if goal else None
+    pruner = make(Start(model, optimizer, steps, goal, setting.pretrained, seed)) if make is not None else None
     began, step = time.perf_counter(), 0
     for _ in range(setting.epochs):
         for inputs, targets in task.batches("train"):
@@ -199,17 +233,26 @@ def trained(setting: Setting, method: str, sparsity: float, rate: float, seed: i
             step += 1
     row: Row = {"seconds": round(time.perf_counter() - began, 1), "steps": steps, "rate": rate}
     if pruner is not None:
-        pruner.finish()
+        plan = pruner.finish()
+        if goal == HALF:
+            model = shrink(model, plan)
     row["weights"] = [sum(int(model.get_parameter(n).count_nonzero()) for n in weights_of(model)), dense_size(setting)]
+    if setting.pretrained:
+        row["macs"] = [macs(model), macs(setting.build(1.0))]
     return model.eval(), row
 
 
-def narrow(setting: Setting, sparsity: float) -> float:
-    """The largest factor on widths with which a dense network has no more weights than are left."""
-    fits = [
-        w for w in (i / 200 for i in range(1, 200)) if size(setting.build(w)) <= (1 - sparsity) * dense_size(setting)
-    ]
-    return max(fits)
+def macs(model: nn.Module) -> int:
+    """Of an image."""
+    return analyze(model, torch.randn(1, 3, 32, 32)).cost().macs
+
+
+@functools.cache
+def narrow(setting: Setting, goal: str) -> float:
+    """The largest factor on widths with which a dense network has no more weights, or multiply-adds, than are left."""
+    cost, part = (macs, 0.5) if goal == HALF else (size, 1 - float(goal[:-1]) / 100)
+    limit = part * cost(setting.build(1.0))
+    return max(w for w in (i / 200 for i in range(1, 200)) if cost(setting.build(w)) <= limit)
 
 
 @functools.cache
@@ -221,9 +264,9 @@ def size(model: nn.Module) -> int:
     return sum(weight.numel for weight in weights_of(model).values())
 
 
-def row_of(rows: dict[str, Row], setting: Setting, method: str, sparsity: float, seed: int) -> Row:
+def row_of(rows: dict[str, Row], setting: Setting, method: str, goal: str, seed: int) -> Row:
     """With the numbers of the test examples that are got wrong, so that any two rows can be compared in pairs."""
-    model, row = trained(setting, method, sparsity, best_rate(rows, setting), seed)
+    model, row = trained(setting, method, goal, best_rate(rows, setting), seed)
     wrong = np.flatnonzero(evaluate(model, data(setting), "test") == 0)
     tested = len(data(setting).test[1])
     return {**row, "test": 1 - len(wrong) / tested, "wrong": wrong.tolist(), "tested": tested}
@@ -244,14 +287,17 @@ def steps(rows: dict[str, Row]) -> Iterator[tuple[str, Callable[[], Row]]]:
     for setting in SETTINGS:
         for rate in RATES:
             yield f"{setting.name} choice {rate}", partial(choice, setting, rate)
-        for seed, sparsity in itertools.product(range(setting.seeds), SPARSITIES + MODERATE):
-            for method in METHODS:
-                if method == "dense" and sparsity != SPARSITIES[0]:
-                    continue
-                if sparsity in MODERATE and (setting.pretrained or method not in CLAIM):
-                    continue
-                level = "" if method == "dense" else f"{sparsity:.0%} "
-                yield f"{setting.name} {level}{method} {seed}", partial(row_of, rows, setting, method, sparsity, seed)
+        for seed in range(setting.seeds):
+            yield f"{setting.name} dense {seed}", partial(row_of, rows, setting, "dense", "", seed)
+            for goal in goals(setting):
+                for method in of(goal):
+                    if method != "dense" and (goal not in MODERATE or method in CLAIM):
+                        key = f"{setting.name} {goal} {method} {seed}"
+                        yield key, partial(row_of, rows, setting, method, goal, seed)
+
+
+def goals(setting: Setting) -> tuple[str, ...]:
+    return (*SPARSITIES, GROUPS, HALF) if setting.pretrained else (*SPARSITIES, FEWEST, GROUPS, *MODERATE)
 
 
 def main() -> None:

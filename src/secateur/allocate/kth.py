@@ -23,7 +23,10 @@ def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:
 
     tensors: floating point without NaN, of any shapes, of one dtype and on one device.
     """
-    assert 0 <= k < sum(t.numel() for t in tensors)
+    total = sum(t.numel() for t in tensors)
+    assert 0 <= k < total
+    if total <= _SAMPLE:
+        return torch.cat([t.flatten() for t in tensors]).kthvalue(k + 1).values
     low, high = _bracket(tensors, k)
     while True:
         upto, below = count(tensors, torch.le, low), count(tensors, torch.lt, high)
@@ -72,10 +75,9 @@ def _bracket(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     total = sum(t.numel() for t in tensors)
     generator = torch.Generator().manual_seed(0)
     parts = [t.flatten() for t in tensors if t.numel()]
-    if total > _SAMPLE:
-        for i, part in enumerate(parts):
-            size = math.ceil(_SAMPLE / total * len(part))
-            parts[i] = part[torch.randint(len(part), (size,), generator=generator).to(part.device)]
+    for i, part in enumerate(parts):
+        size = math.ceil(_SAMPLE / total * len(part))
+        parts[i] = part[torch.randint(len(part), (size,), generator=generator).to(part.device)]
     sample = torch.cat(parts).sort().values
     n, p = len(sample), (k + 0.5) / total
     margin = 6 * math.sqrt(p * (1 - p) * n) + 2

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from secateur.errors import SpecError
 from secateur.graph.graph import Graph
-from secateur.graph.types import Member
+from secateur.graph.types import Axis, Member
 from secateur.names import Choice, chosen
 from secateur.stats.gradients import wide
 
@@ -60,14 +60,17 @@ class Groups:
 
     @classmethod
     def of(cls, model: nn.Module, graph: Graph | None, ignore: Choice | Sequence[Choice] = ()) -> Groups:
-        """Without a graph there are none; nor of axes, or of axes with a weight, that ``ignore`` means."""
+        """Of the axes that can lose units to a budget: free, not ignored, and with a weight to score for every unit.
+
+        Without a graph there are none.
+        """
         if graph is None:
             return cls({})
         ignored = chosen(ignore, [*graph.weights, *(a.name for a in graph.axes)], model, "ignore")
         trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         found = {}
         for axis in graph.free:
-            if axis.name not in ignored and ignored.isdisjoint(m.tensor for m in axis.members):
+            if axis.name not in ignored and ignored.isdisjoint(m.tensor for m in axis.members) and _scored(axis, graph):
                 found[axis.name] = [_place(m, axis.units) for m in axis.members if m.tensor in trained]
         return cls(found)
 
@@ -101,6 +104,11 @@ class Groups:
                     value = of(place, weight)
                     found[axis] = found[axis] + value.to(found[axis]) if axis in found else value
         return found
+
+
+def _scored(axis: Axis, graph: Graph) -> bool:
+    units = [m.units for m in axis.members if m.tensor in graph.weights]
+    return bool(units) and len(np.setdiff1d(np.concatenate(units), [-1])) == axis.units
 
 
 def _place(member: Member, count: int) -> Place:

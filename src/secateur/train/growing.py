@@ -89,12 +89,10 @@ class GrowingReg(Pruner):
             return
         assert isinstance(self.wish, Channels)
         kept = self.wish.kept
+        counts = {axis: len(places[0].indices) for axis, places in self.groups.axes.items() if places}
         with torch.no_grad():
             pulls = {
                 axis: penalty * (~kept.units[axis]).float() if kept is not None else torch.full((count,), penalty)
-                for axis, count in self._units().items()
+                for axis, count in counts.items()
             }
             self.groups.pull(self.tensor, lambda name: self.tensor(name).grad, pulls)
-
-    def _units(self) -> dict[str, int]:
-        return {axis: len(places[0].indices) for axis, places in self.groups.axes.items() if places}

@@ -323,6 +323,7 @@ class Pruner:
         self._require_owned()
         self._stepping = True
         with torch.no_grad():
+            optimizers.unscale_(self.optimizer)
             self._gather()
             for name, weight, grad in self.live():
                 self.before(name, weight, grad)

@@ -124,6 +124,17 @@ def test_training_resumes_to_the_bit_whichever_is_made_or_loaded_first(method, o
     assert equal(masks_of(whole), masks_of(resumed))
 
 
+@pytest.mark.parametrize("method", ["rigl", "set", "asp"])
+def test_zeros_are_there_once_a_state_is_loaded_before_the_first_step(method):
+    model = mlp()
+    pruner = METHODS[method](model, sgd(model))
+    before = mlp(seed=0)
+    assert not same(model, before)
+    pruner.load_state_dict(pruner.state_dict())
+    for name in pruner.bits:
+        assert torch.equal(model.get_parameter(name), before.get_parameter(name) * pruner.mask(name))
+
+
 @pytest.mark.parametrize("stop", [0, 9])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_copy_trains_on_like_the_original(method, stop):
@@ -569,6 +580,7 @@ WRONG = {
     "SET: allocate": (lambda m, o: SET(m, o, "sparsity=80%", 400, allocate="best"), "allocation"),
     "ACDC: phase": (lambda m, o: ACDC(m, o, "sparsity=80%", 400, phase=0), "phases do not fit"),
     "ACDC: late": (lambda m, o: ACDC(m, o, "sparsity=80%", 400, warmup=0.8), "a warm-up of 0.8"),
+    "ACDC: last": (lambda m, o: ACDC(m, o, "sparsity=80%", 400, last_dense=-0.1), "-0.1 dense and 0.15 sparse"),
     "ACDC: short": (lambda m, o: ACDC(m, o, "sparsity=80%", 10), "shorter than a step"),
     "ACDC: dense": (lambda m, o: ACDC(m, o, "sparsity=80%", 10, schedule=[(1, None)]), "last one with sparsity=80%"),
     "ASP: at": (lambda m, o: ASP(m, o, steps=40, at=41), "after step 41 of 40"),

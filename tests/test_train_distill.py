@@ -173,6 +173,26 @@ def test_a_compiled_student_is_tapped_in_one_graph():
     assert torch.equal(losses[0][1], losses[1][1])
 
 
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_student_in_ddp_is_tapped_like_a_plain_one(process_group):
+    teacher, found = net(), []
+    for wrapped in (False, True):
+        torch.manual_seed(5)
+        student = net()
+        model = nn.parallel.DistributedDataParallel(student) if wrapped else student
+        with Distill(model, teacher, features={"0": 1.0}) as distill:
+            output = model(X)
+            distill(output, F.cross_entropy(output, Y), X).backward()
+        found.append([p.grad for p in student.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_copies_of_the_student_keep_nothing_of_its_distillation():
     student = net()
     with Distill(student, features={"0": 1.0}) as distill:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.errors import DataError, MissingExtra, PlanError, SpecError
-from secateur.train import ACDC, Gradual, RigL
+from secateur.train import ACDC, Gradual, Movement, RigL
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 STEPS, BATCH, ACCUMULATED = 24, 8, 2
@@ -25,6 +25,7 @@ METHODS = [
     GRADUAL,
     partial(RigL, budget="sparsity=50%", every=3),
     partial(ACDC, budget="sparsity=50%"),
+    partial(Movement, budget="sparsity=60%"),
 ]
 
 pytestmark = [
@@ -88,6 +89,14 @@ def example(name):
     return module
 
 
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
 # --- optimizers as they come -----------------------------------------------------------------------
 
 
@@ -127,9 +136,18 @@ def test_an_optimizer_that_evaluates_the_loss_several_times_is_refused():
         optimizer.step(closure)
 
 
-def test_what_is_no_optimizer_is_refused():
+def test_what_is_no_optimizer_is_refused(accelerator):
+    from accelerate.optimizer import AcceleratedOptimizer
+
     with pytest.raises(SpecError, match=r"optimizer is a list, expected a torch\.optim\.Optimizer"):
         GRADUAL(net(), [], steps=STEPS)
+
+    class Engine:
+        """DeepSpeed's is no subclass of torch's."""
+
+    around = AcceleratedOptimizer(Engine(), device_placement=False)
+    with pytest.raises(SpecError, match="optimizer is a AcceleratedOptimizer, expected"):
+        GRADUAL(net(), around, steps=STEPS)
 
 
 def test_the_plain_example_runs(capsys):
@@ -140,14 +158,6 @@ def test_the_plain_example_runs(capsys):
 
 
 # --- accelerate ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def accelerator():
-    accelerate = pytest.importorskip("accelerate")
-    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
 
 
 def accelerated(accelerator, make, folder=None, stop=None, resume=False):

@@ -16,11 +16,16 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside accelerate's and Lightning's wrappers. Raises SpecError for what is no optimizer."""
+    """The optimizer inside accelerate's and Lightning's wrappers. Raises SpecError for what is no optimizer of torch's.
+
+    One that wraps something else (DeepSpeed's) has no hooks to act in.
+    """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SpecError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    if not isinstance(optimizer, torch.optim.Optimizer) or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise SpecError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer that takes the steps"
+        )
     return optimizer
 
 

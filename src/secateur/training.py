@@ -9,10 +9,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from secateur import patterns
 from secateur.apply.shrink import Shrunk, carry_out
 from secateur.errors import SpecError
 from secateur.files import require_folder
 from secateur.graph import Graph, analyze
+from secateur.names import chosen
 from secateur.opening import opened
 from secateur.recover.randomness import seed_all, untouched
 from secateur.report import Report
@@ -40,6 +42,8 @@ def run(recipe: Recipe) -> Report:
     assert found is not None
     task = found if recipe.batch is None else _batched(found, recipe)
     graph = analyze(dense, example)
+    with recipe.naming("[method]"):
+        _require_exact(dense, graph, recipe.method.arguments)
     kind: Any = recipe.method.kind
 
     def make(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, average: nn.Module | None) -> Pruner:
@@ -68,18 +72,31 @@ def _batched(task: Task, recipe: Recipe) -> Task:
     return cast(Task, replace(task, batch_size=recipe.batch))
 
 
+def _require_exact(model: nn.Module, graph: Graph, wishes: Mapping[str, Any]) -> None:
+    """Raise SpecError for channels that would be trained as zeros where these are not the same as removal."""
+    if not isinstance(patterns.parse(wishes.get("pattern", "unstructured")), patterns.Channel):
+        return
+    ignored = chosen(wishes.get("ignore", ()), [*graph.weights, *(a.name for a in graph.axes)], model, "ignore")
+    for axis in graph.free:
+        if not (axis.exact or axis.name in ignored or ignored & {member.tensor for member in axis.members}):
+            raise SpecError(
+                f"channels train as zeros before they go, and a norm or mean runs over axis {axis.name!r}, so that "
+                f"zeros are not the same as removal there; add {axis.name!r} to ignore"
+            )
+
+
 def _finished(recipe: Recipe, dense: nn.Module, graph: Graph, task: Task, trained: Trained) -> Result:
     """What was trained, without what it has lost, and what it scores on the test split."""
     model, plan = trained.model, trained.plan
     done = carry_out(model, plan, graph.inputs) if plan.units else Shrunk(model, "module", "", None)
-    log = Log(dense, graph, plan, done, task, notes=(_chosen(trained),))
+    log = Log(dense, graph, plan, done, task, notes=(_told_epoch(trained),))
     log.stage("trained", done.model)
     report = log.report()
     report = replace(report, meta={**report.meta, **_told(recipe)}, history=trained.history)
     return Result(done.model, plan, report, graph.inputs, done.form, recipe.model, done.attributes, done.taken)
 
 
-def _chosen(trained: Trained) -> str:
+def _told_epoch(trained: Trained) -> str:
     """Which epoch's weights these are, and why."""
     epochs, ended = len(trained.history), trained.ended
     if ended == epochs:

@@ -303,10 +303,10 @@ def _said(hint: Any) -> str:
     several = get_origin(hint) in (Union, types.UnionType)
     options = [o for o in get_args(hint) if o is not type(None)] if several else [hint]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}
-    said = []
+    said: list[str] = []
     for option in options:
         if get_origin(option) is Literal:
             said += [repr(value) for value in get_args(option)]
         else:
-            said.append(words.get(option, str(option).replace("collections.abc.", "").replace("typing.", "")))
+            said.append(words.get(option, f"what fits {str(option).replace('collections.abc.', '')}"))
     return " or ".join(said)

@@ -97,6 +97,7 @@ class Latent(Pruner):
         except DataError as error:
             warnings.warn(f"after step {self.applied} masks stay as they are: {error}", stacklevel=2)
             return False
+        self._mask_average()
         return True
 
     def change(self, stage: Stage) -> None:

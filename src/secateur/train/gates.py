@@ -34,7 +34,8 @@ class L0(Latent):
     with beta = 2/3, gamma = -0.1, zeta = 1.1, and u of (0, 1) drawn anew with every step, from ``seed``, the step and
     the weight's name alone. The target t rises from 0 at ``begin`` to the budget halfway to ``end``, and stays there.
     At ``end`` the gates of largest a, exactly as many as the budget leaves, are fixed as they are without chance, and
-    what they let through trains on. For single weights of ResNet-50 Gale et al. (2019) found no setting that works well.
+    what they let through trains on. As a choice is made in the end, a is not clamped, as it is in CoFi's code: gates at
+    the bound would all be alike. Gale et al. (2019) found no setting that works well for single weights of ResNet-50.
 
     Between two steps the network computes with gates as they were drawn; to evaluate it, and to save it for use,
 

@@ -36,7 +36,8 @@ def shrink_(
     The model's parameters are replaced by smaller ones. They take the old ones' places in the optimizer's groups, which
     stay the same objects, so that schedulers of the learning rate go on; what the optimizer remembers of each weight
     (momentum, Adam's moments) is cut as the weight is, and so is its gradient. The next step is the one that the large
-    model would have taken with its zeros kept. ``average``, a copy or torch's ``AveragedModel``, shrinks as well.
+    model would have taken with its zeros kept (but for norms over what goes: those are over what stays from now on, so
+    that outputs change, as with ``secateur.shrink``). ``average``, a copy or torch's ``AveragedModel``, shrinks too.
 
     inputs: example inputs; by default those of the plan's graph. Model and average are each held to the law on them, as
     by ``secateur.shrink``.

@@ -7,6 +7,8 @@ dense         nothing is removed
 small dense   a dense network with as many parameters as the sparse ones have weights left, from the same start
 random        a random mask (ERK) from the start
 post          pruned once by magnitude at half of the training, the rest of it with a learning rate that starts anew
+torchao pat   torchao's optimizer for sparsity, with the same schedule as gradual
+tp ...        torch-pruning's regularizers, with their defaults; channels go at half of the training, as with ours
 the others    methods of ``secateur.train``, with their defaults
 
 From scratch (digits, MNIST) every row trains for as many epochs: post trains dense for half of them. From published
@@ -35,6 +37,7 @@ from torch import nn
 
 import common
 import nets
+import training_peers as peers
 from common import Row
 from secateur import train as methods
 from secateur.apply.shrink import shrink
@@ -164,6 +167,17 @@ class Start:
         goal = {GROUPS: "sparsity=50%", HALF: "macs=50%"}.get(self.goal, f"sparsity={self.goal}")
         return self.make("Gradual", schedule=[(step, goal)], **options)
 
+    def pat(self) -> Any:
+        ours = self.make("Gradual", **({"begin": 0} if self.pretrained else {}))
+        begin, end = ours.schedule[0].step, ours.schedule[-1].step
+        ours.detach()
+        return peers.Pat(self.model, self.optimizer, float(self.goal[:-1]) / 100, begin, end)
+
+    def torch_pruning(self, kind: str) -> Any:
+        images, limit = torch.randn(2, 3, 32, 32), macs(self.model) / 2
+        kept = [self.model.get_submodule("linear")]
+        return peers.TorchPruning(kind, self.model, self.optimizer, images, limit, self.steps // 2, kept)
+
 
 def method(name: str, **pretrained: Any) -> Make:
     """A method with its defaults, and with ``pretrained`` where it starts from trained weights."""
@@ -185,6 +199,7 @@ METHODS: dict[str, Make | None] = {
     "str": method("STR"),
     "l0": method("L0"),
     "proximal": method("Proximal"),
+    "torchao pat": lambda start: start.pat(),
 }
 OF_GROUPS: dict[str, Make | None] = {name: METHODS[name] for name in ("post", "gradual")} | {
     "asp": method("ASP"),
@@ -196,6 +211,8 @@ OF_CHANNELS: dict[str, Make | None] = {
     "group lasso": method("GroupLasso"),
     "growing": method("GrowingReg"),
     "slimming": method("Slimming"),
+    "tp group norm": lambda start: start.torch_pruning("GroupNormPruner"),
+    "tp growing": lambda start: start.torch_pruning("GrowingRegPruner"),
 }
 
 
@@ -219,24 +236,25 @@ def trained(setting: Setting, method: str, goal: str, rate: float, seed: int) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=1e-4)
     steps, make = setting.epochs * len(task.batches("train")), of(goal)[method] if goal else None
     pruner = make(Start(model, optimizer, steps, goal, setting.pretrained, seed)) if make is not None else None
+    stepper = optimizer if pruner is None else pruner.optimizer
     began, step = time.perf_counter(), 0
     for _ in range(setting.epochs):
         for inputs, targets in task.batches("train"):
             done = step / steps
-            for group in optimizer.param_groups:
+            for group in stepper.param_groups:
                 group["lr"] = rate * cosine(2 * done % 1 if method == "post" and not setting.pretrained else done)
             task.loss(model(inputs), targets).backward()
-            optimizer.step()
+            stepper.step()
             if pruner is not None:
                 pruner.step()
-            optimizer.zero_grad()
+            stepper.zero_grad()
             step += 1
     row: Row = {"seconds": round(time.perf_counter() - began, 1), "steps": steps, "rate": rate}
     if pruner is not None:
         plan = pruner.finish()
-        if goal == HALF:
+        if goal == HALF and plan is not None:
             model = shrink(model, plan)
-    row["weights"] = [sum(int(model.get_parameter(n).count_nonzero()) for n in weights_of(model)), dense_size(setting)]
+    row["weights"] = [sum(int(p.count_nonzero()) for p in model.parameters() if p.ndim > 1), dense_size(setting)]
     if setting.pretrained:
         row["macs"] = [macs(model), macs(setting.build(1.0))]
     return model.eval(), row
@@ -252,7 +270,8 @@ def narrow(setting: Setting, goal: str) -> float:
     """The largest factor on widths with which a dense network has no more weights, or multiply-adds, than are left."""
     cost, part = (macs, 0.5) if goal == HALF else (size, 1 - float(goal[:-1]) / 100)
     limit = part * cost(setting.build(1.0))
-    return max(w for w in (i / 200 for i in range(1, 200)) if cost(setting.build(w)) <= limit)
+    widths = (i / 16 for i in range(1, 16)) if goal == HALF else (i / 200 for i in range(1, 200))
+    return max(w for w in widths if cost(setting.build(w)) <= limit)
 
 
 @functools.cache

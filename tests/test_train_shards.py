@@ -17,7 +17,17 @@ from secateur.allocate.globally import Global
 from secateur.errors import DataError, PlanError
 from secateur.train.bits import keep_, pack, unpack
 from secateur.train.scores import Scorer
-from secateur.train.shards import Part, SharedGlobal, best_here, common_group, everywhere, gather, local, noise, part_of
+from secateur.train.shards import (
+    Part,
+    SharedGlobal,
+    best_here,
+    common_group,
+    finite_everywhere,
+    gather,
+    local,
+    noise,
+    part_of,
+)
 
 WORLD = 3
 SHAPES = {"even": (6, 5), "ragged": (7, 4), "short": (2, 9), "flat": (4,), "one": (1, 3)}  # some have no rows for some
@@ -78,8 +88,14 @@ def worker(rank, folder):
         says("noise", torch.equal(noise(text, part, "cpu"), part.slice(noise(text, alone[name], "cpu"))))
         flags = noise(text, alone[name], "cpu") < 0.5
         says("gather", torch.equal(gather(part.slice(flags), part), flags))
-    flags = [torch.tensor(True), torch.tensor(rank != 1), torch.tensor(False)]
-    says("everywhere", everywhere(flags, group) == [True, False, False])
+    fine, nan, infinite, none = (
+        torch.ones(3),
+        torch.tensor([1.0, math.nan]),
+        torch.tensor([-math.inf]),
+        torch.ones(0, 2),
+    )
+    mixed = [fine, none, nan if rank == 1 else fine, infinite if rank == 2 else none, nan * 1j if rank == 0 else fine]
+    says("finite", finite_everywhere(mixed, group) == [True, True, False, False, False])
     says("common", common_group([*alone.values(), *parts.values()]) is group)
     pairs = [dist.new_group([0, 1]), dist.new_group([1, 2])]
     says("meshes", rank != 1 or refuses(lambda: common_group([Part((4,), 0, 2, pair) for pair in pairs])))
@@ -133,7 +149,7 @@ def test_noise_depends_on_the_place_alone(laws) -> None:
     assert not torch.equal(numbers, noise("test", Part((100, 50), 0, 100), torch.device("cpu")))
 
 
-@pytest.mark.parametrize("law", ["gather", "everywhere", "common", "meshes"])
+@pytest.mark.parametrize("law", ["gather", "finite", "common", "meshes"])
 def test_processes_answer_alike(laws, law: str) -> None:
     assert all(found[law] for found in laws)
 

@@ -20,7 +20,7 @@ from secateur.patterns import Block
 from secateur.train.bits import keep_, pack
 from secateur.train.choose import Masks
 from secateur.train.pruner import Common, Pruner
-from secateur.train.shards import everywhere, local, total
+from secateur.train.shards import finite_everywhere, local, total
 from secateur.train.stages import Stage
 
 LATENT = "latent"
@@ -110,7 +110,7 @@ class Latent(Pruner):
     def choose(self, stage: Stage) -> dict[str, Tensor]:
         """Masks for a stage, of the best scores. Raises DataError, in every process, where these are not finite."""
         scores = {name: self.score(name) for name in self.weights}
-        finite = everywhere([score.isfinite().all() for score in scores.values()], self.group)
+        finite = finite_everywhere(scores.values(), self.group)
         for name, good in zip(scores, finite, strict=True):
             if not good:
                 raise DataError(f"the scores of {name!r} are not finite; look at the loss and the learning rate")
@@ -186,8 +186,8 @@ class Latent(Pruner):
 
     def _prepare(self) -> None:
         if self.learns and not self.fixed:
-            grads = [grad.isfinite().all() for name, _, grad in self.live() if grad is not None]
-            self.learning = bool(grads) and all(everywhere(grads, self.group))
+            grads = [grad for _, _, grad in self.live() if grad is not None]
+            self.learning = bool(grads) and all(finite_everywhere(grads, self.group))
         super()._prepare()
 
 

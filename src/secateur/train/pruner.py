@@ -37,7 +37,7 @@ from secateur.train.bits import keep_, pack, unpack
 from secateur.train.channels import Channels
 from secateur.train.choose import Masks, own_budget
 from secateur.train.scores import GATHERED, Scorer
-from secateur.train.shards import Part, common_group, everywhere, gather, local, part_of, total
+from secateur.train.shards import Part, common_group, finite_everywhere, gather, local, part_of, total
 from secateur.train.stages import Stage
 
 
@@ -342,7 +342,7 @@ class Pruner:
         if not (gathered := self.wish.gathered):
             return
         grads = {n: grad for n, _, grad in self.live() if n in self.weights and grad is not None}
-        if not grads or not all(everywhere([grad.isfinite().all() for grad in grads.values()], self.group)):
+        if not grads or not all(finite_everywhere(grads.values(), self.group)):
             return
         for name, grad in grads.items():
             for what in gathered:

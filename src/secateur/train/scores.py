@@ -14,7 +14,7 @@ from secateur.graph.graph import Graph
 from secateur.graph.types import Weight
 from secateur.stats import Stats, collect
 from secateur.tasks import Task
-from secateur.train.shards import Group, everywhere
+from secateur.train.shards import Group, finite_everywhere
 
 GATHERED: Mapping[str, Callable[[Tensor], Tensor]] = {"grad_abs": torch.abs, "grad_square": torch.square}
 """Statistics that are means over steps of something made of the gradient."""
@@ -85,7 +85,7 @@ class Scorer:
                 raise DataError(f"no gradient of {name!r} was seen for {min(missing)!r} yet")
             value = values[name].float() if values[name].dtype in _NARROW else values[name]
             scores[name] = function(value, Stats(name, self.weights[name].out_dim, self.seed, stats))
-        finite = everywhere([torch.isfinite(score).all() for score in scores.values()], self.group)
+        finite = finite_everywhere(scores.values(), self.group)
         for name, good in zip(scores, finite, strict=True):
             if not good:
                 raise DataError(f"the scores of {name!r} are not finite; look at the loss and the learning rate")

@@ -21,7 +21,7 @@ from secateur.stats.gradients import BLOCK, DAMPING, damped, require_room
 from secateur.train import stages
 from secateur.train.choose import Masks
 from secateur.train.pruner import Common, Pruner, final
-from secateur.train.shards import everywhere
+from secateur.train.shards import finite_everywhere
 from secateur.train.stages import Stage
 
 _TOGETHER = 2048
@@ -114,7 +114,7 @@ class SecondOrder(Pruner):
         if self.done == len(self.schedule) or self.applied < self.schedule[self.done].step - self.window:
             return
         grads = {n: g for n, _, g in self.live() if n in self.weights and g is not None}
-        if not grads or not all(everywhere([g.isfinite().all() for g in grads.values()], self.group)):
+        if not grads or not all(finite_everywhere(grads.values(), self.group)):
             return
         for name, grad in grads.items():
             mask = self.mask(name)
@@ -189,7 +189,7 @@ class SecondOrder(Pruner):
 
     def _require_finite(self, tensors: Mapping[str, Tensor], what: str) -> None:
         """Raise DataError, in all processes, where one has something that is not finite."""
-        finite = everywhere([tensor.isfinite().all() for tensor in tensors.values()], self.group)
+        finite = finite_everywhere(tensors.values(), self.group)
         if wrong := [name for name, fine in zip(tensors, finite, strict=True) if not fine]:
             raise DataError(f"{what} of {wrong[0]!r} are not finite; look at the loss and the learning rate")
 

@@ -93,10 +93,18 @@ def total(value: Tensor, group: Group | None) -> Tensor:
     return value
 
 
-def everywhere(flags: Sequence[Tensor], group: Group | None) -> list[bool]:
-    """Which of the flags (0-dimensional, one per tensor) are true on all processes: one answer for all of them."""
+def finite_everywhere(tensors: Iterable[Tensor], group: Group | None) -> list[bool]:
+    """Which of the tensors are finite on all processes, one answer for all of them; there is at least one tensor."""
+    flags = [_finite(tensor) for tensor in tensors]
     wrong = torch.stack([~flag.to(flags[0].device) for flag in flags]).int()
     return [not n for n in total(wrong, group).tolist()]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Whether all elements are finite, in one pass that writes nothing."""
+    if tensor.is_complex() or not tensor.numel():
+        return tensor.isfinite().all()
+    return torch.stack(tensor.aminmax()).isfinite().all()
 
 
 def gather(here: Tensor, part: Part) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,13 @@ def test_what_is_left_out_has_defaults(tmp_path):
     assert (found.input, found.dense, found.log, found.batch, found.teacher) == (None, None, (), None, False)
     assert found.method.arguments == {}
     assert found.how == Recovery(epochs=1, checkpoint=Path("o/checkpoint"))
+
+
+def test_the_recipes_of_the_documentation_can_be_read(tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "train-recipe.md"
+    blocks = re.findall(r"^```toml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    assert [read(written(block, tmp_path)).method.kind for block in blocks] == [Gradual, Gradual]
 
 
 def test_every_method_has_a_name():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 16
 # As many elements as torch computes on one thread: threads gain nothing here, and on a busy machine thousands of
 # short parallel sections take minutes, waiting for each other.
 _CHUNK = 1 << 15

@@ -6,6 +6,7 @@ import copy
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -602,19 +603,20 @@ def test_an_optimizer_whose_memory_cannot_be_cut_is_refused():
 
 
 class Attention(nn.Module):
-    """Remembers heads and their width, which torch takes the scale from."""
+    """Its configuration remembers heads and their width, which torch takes the scale from."""
 
     def __init__(self, heads=4, width=6):
         super().__init__()
-        self.heads, self.width = heads, width
+        self.config = SimpleNamespace(heads=heads, width=width)
         self.q, self.k, self.v = (nn.Linear(8, heads * width) for _ in range(3))
         self.o = nn.Linear(heads * width, 8)
 
     def forward(self, x):
         b, n, _ = x.shape
-        q, k, v = (p(x).view(b, n, self.heads, self.width).transpose(1, 2) for p in (self.q, self.k, self.v))
+        heads, width = self.config.heads, self.config.width
+        q, k, v = (p(x).view(b, n, heads, width).transpose(1, 2) for p in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.o(y.transpose(1, 2).reshape(b, n, self.heads * self.width))
+        return x + self.o(y.transpose(1, 2).reshape(b, n, heads * width))
 
 
 def attending(ignore):
@@ -646,12 +648,12 @@ def test_heads_go_with_the_numbers_that_the_class_remembers(monkeypatch):
     monkeypatch.setattr(shrinking, "become_", breaks)
     with pytest.raises(MemoryError):
         shrink_(model, plan, trainer, average)
-    assert model.heads == average.heads == 4
+    assert model.config.heads == average.config.heads == 4
     assert model.q.weight.shape == average.q.weight.shape == (24, 8)
     x = torch.randn(3, 5, 8)
     before = model(x)
     shrink_(model, plan, trainer, average)
-    assert model.heads == average.heads < 4
+    assert model.config.heads == average.config.heads < 4
     torch.testing.assert_close(model(x), before)
     assert same(model, average)
 
@@ -660,7 +662,7 @@ def test_a_scale_that_would_have_to_move_into_weights_is_refused():
     model, trainer, average, plan = attending("*heads")
     with pytest.raises(PlanError, match=r"the attention of Attention works out its scale .*ignore= the widths"):
         shrink_(model, plan, trainer, average)
-    assert model.width == 6
+    assert model.config.width == 6
 
 
 # --- a real network --------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from secateur.train.stages import part
 DAMPING = 1e-3
 
 
-def layer():
+def layer(seed=1):
     """3 outputs of 7 inputs: with blocks of 4, each output has one of 4 and one of 3."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return nn.Linear(7, 3, bias=False)
 
 
@@ -115,8 +115,9 @@ def test_blocks_go_by_the_loss_of_all_their_weights_together(blocks_of_four, pat
     np.testing.assert_allclose(model.weight.detach(), updated(before, kept, grads), rtol=1e-4, atol=1e-6)
 
 
-def test_what_has_gone_before_stays_away_and_has_no_say(blocks_of_four):
-    model, grads = layer(), []
+@pytest.mark.parametrize("seed", [1, 3])
+def test_what_has_gone_before_stays_away_and_has_no_say(blocks_of_four, seed):
+    model, grads = layer(seed), []
     optimizer = fixed(model)
     schedule = [(5, "sparsity=30%"), (9, "sparsity=60%")]
     pruner = SecondOrder(model, optimizer, "sparsity=60%", 9, schedule=schedule, window=4, damping=DAMPING)
@@ -126,6 +127,10 @@ def test_what_has_gone_before_stays_away_and_has_no_say(blocks_of_four):
     kept = pruner.mask("weight").numpy()
     assert kept.sum() == 8
     assert (first | ~kept).all()
+    rho = np.empty((3, 7))
+    for row, columns, fisher in fishers([g * first for g in grads]):
+        rho[row, columns] = between[row, columns] ** 2 / (2 * np.linalg.inv(fisher).diagonal())
+    assert rho[kept].min() > rho[first & ~kept].max()
     expected = updated(between, kept, [g * first for g in grads])
     np.testing.assert_allclose(model.weight.detach(), expected, rtol=1e-4, atol=1e-6)
 

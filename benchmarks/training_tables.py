@@ -9,8 +9,8 @@ from statistics import mean, stdev
 
 from common import Row
 
-LEVELS = ("20%", "50%", "70%", "80%", "90%", "95%")
-KEY = re.compile(r"(?P<net>\w+) (?:(?P<level>\d+%|2:4) )?(?P<method>\D+) (?P<seed>\d+)")
+LEVELS = ("20%", "50%", "70%", "80%", "90%", "95%", "98%", "2:4", "channel 2x")
+KEY = re.compile(rf"(?P<net>\w+) (?:(?P<level>{'|'.join(LEVELS)}) )?(?P<method>.+) (?P<seed>\d+)")
 
 
 def methods(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
@@ -19,7 +19,7 @@ def methods(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
     for key, row in rows.items():
         if "test" in row and (part := KEY.fullmatch(key)):
             found[part["net"], part["method"]][part["level"] or "dense"].append(100 * row["test"])
-    yield ("network", "method", "dense", *(f"{level} zeros" for level in LEVELS))
+    yield ("network", "method", "dense", *LEVELS)
     for (net, method), levels in found.items():
         yield (net, method, *(_spread(levels.get(level, [])) for level in ("dense", *LEVELS)))
 

@@ -29,18 +29,18 @@ def kth_smallest(tensors: Sequence[Tensor], k: int) -> Tensor:
         return torch.cat([t.flatten() for t in tensors]).kthvalue(k + 1).values
     low, high = _bracket(tensors, k)
     while True:
-        upto, below = count(tensors, torch.le, low), count(tensors, torch.lt, high)
-        if upto <= k < below:
-            inside = torch.cat([between(t, low, high) for t in tensors])
-            return inside.kthvalue(k - upto + 1).values
+        upto = count(tensors, torch.le, low)
         if k < upto:
             if count(tensors, torch.lt, low) <= k:
                 return low
             low, high = torch.full_like(low, -math.inf), low
-        else:
-            if k < count(tensors, torch.le, high):
-                return high
-            low, high = high, torch.full_like(high, math.inf)
+            continue
+        inside = torch.cat([between(t, low, high) for t in tensors])
+        if k < upto + len(inside):
+            return inside.kthvalue(k - upto + 1).values
+        if k < count(tensors, torch.le, high):
+            return high
+        low, high = high, torch.full_like(high, math.inf)
 
 
 def count(tensors: Sequence[Tensor], compare: Callable[[Tensor, Tensor], Tensor], value: Tensor) -> int:

@@ -590,7 +590,13 @@ def test_str_fixes_the_largest_of_what_is_left(end):
         pruner = STR(model, optimizer, BUDGET, STEPS, initial=initial, decay=0.0, rate=0.0, end=end)
         train(model, optimizer, pruner, range(end - 1))
         assert (pruner.sparsity > 0.8) == (initial == -0.1)
-        train(model, optimizer, pruner, range(end - 1, end))
+        optimizer.zero_grad()
+        backward(model, end - 1)
+        optimizer.step()
+        known = {n: model.get_parameter(n).detach().clone() for n in pruner.weights}
+        pruner.step()
+        for name in pruner.weights:
+            assert torch.equal(model.get_parameter(name), known[name] * pruner.mask(name))
         sizes = torch.cat([model.get_parameter(n).detach().abs().flatten() for n in pruner.weights])
         masks = torch.cat([pruner.mask(n).flatten() for n in pruner.weights])
         assert int(masks.sum()) == 64
@@ -602,7 +608,7 @@ def test_str_fixes_the_largest_of_what_is_left(end):
 def test_gates_settle_for_evaluation_and_are_drawn_again_after_it():
     model = mlp()
     optimizer = adam(model)
-    pruner = made("l0", model, optimizer)
+    pruner = made("l0", model, optimizer, initial=0.0)  # half open
     train(model, optimizer, pruner, range(10))
     drawn = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pruner.settled():
@@ -629,7 +635,7 @@ def test_gates_settle_for_evaluation_and_are_drawn_again_after_it():
 def test_the_gates_that_stay_let_through_what_they_do_without_chance():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    pruner = L0(model, optimizer, BUDGET, STEPS, begin=2, end=20, rate=0.2)
+    pruner = L0(model, optimizer, BUDGET, STEPS, initial=0.0, begin=2, end=20)
     train(model, optimizer, pruner, range(19))
     optimizer.zero_grad()
     backward(model, 19)
@@ -638,6 +644,7 @@ def test_the_gates_that_stay_let_through_what_they_do_without_chance():
     value = {n: pruner.value(n).clone() for n in pruner.weights}
     pruner.step()
     for name in pruner.weights:
+        assert (gates[name] < 1).all()
         expected = (value[name] * gates[name]) * pruner.mask(name)
         torch.testing.assert_close(model.get_parameter(name).detach(), expected)
 

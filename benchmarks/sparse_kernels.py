@@ -223,7 +223,8 @@ def run(words: list[str], counts: list[int], quick: bool, seconds: float) -> Non
                 x = torch.randn(place.shape, generator=torch.Generator().manual_seed(1))
                 baselines = baselines or dense(place, threads, x)
                 found = measured(place, sparsity, threads, 0.5 if quick else seconds, baselines)
-                rows |= {key(place, form, sparsity, threads): row for form, row in found.items()}
+                commit = {"commit": common.commit()}
+                rows |= {key(place, form, sparsity, threads): row | commit for form, row in found.items()}
                 if not quick:
                     common.save("sparse_kernels", rows)
                 told(place, sparsity, threads, found)

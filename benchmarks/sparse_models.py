@@ -250,7 +250,7 @@ def run(words: list[str], counts: list[int], quick: bool, seconds: float) -> Non
 
             def keep(found: dict[Wish, common.Row], start: str = start, name: str = load.__name__) -> None:
                 for (pattern, percent), row in found.items():
-                    rows[f"{start}{pattern} | {percent}%"] = {"net": name, **row}
+                    rows[f"{start}{pattern} | {percent}%"] = {"net": name, **row, "commit": common.commit()}
                 if not quick:
                     common.save("sparse_models", rows)
 

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from train_nets import backward, mlp, same, sgd, train
+from train_nets import backward, gradual, mlp, sgd, train, zeros
 
 import secateur as sc
-from secateur.errors import BudgetError, DataError, PlanError, SpecError
+from secateur.errors import BudgetError, PlanError, SpecError
 from secateur.patterns import NM
 from secateur.tasks import Classification
 from secateur.train import ASP, Gradual, Pruner
-from secateur.train.bits import unpack
 from secateur.train.stages import Stage, part
-
-
-def gradual(model=None, optimizer=None, budget="sparsity=75%", steps=8, **more):
-    model = mlp() if model is None else model
-    optimizer = sgd(model) if optimizer is None else optimizer
-    options = {"begin": 2, "end": 6, "every": 2, **more}
-    if "schedule" in more:
-        options = more
-    return model, optimizer, Gradual(model, optimizer, budget, steps, **options)
-
-
-def zeros(model, pruner):
-    return all(not bool(pruner.tensor(n)[~pruner.mask(n)].any()) for n in pruner.bits) and bool(pruner.bits)
-
 
 # --- steps -----------------------------------------------------------------------------------------
 
@@ -41,7 +25,7 @@ def test_masks_change_after_the_steps_of_the_schedule_and_zeros_hold() -> None:
     model, optimizer, pruner = gradual()
 
     def check(step):
-        assert not pruner.bits if step < 1 else zeros(model, pruner)
+        assert not pruner.bits if step < 1 else zeros(pruner)
 
     assert train(model, optimizer, pruner, range(8), check) == [2, 4, 6]
     plan = pruner.finish()
@@ -55,7 +39,7 @@ def test_zeros_hold_between_step_and_step() -> None:
     optimizer.zero_grad()
     backward(model, 7)
     optimizer.step()
-    assert zeros(model, pruner)
+    assert zeros(pruner)
 
 
 def test_several_optimizer_steps_are_several_steps() -> None:
@@ -164,7 +148,7 @@ def test_an_update_waits_for_finite_weights() -> None:
     backward(model, 4)
     optimizer.step()
     assert pruner.step()
-    assert zeros(model, pruner)
+    assert zeros(pruner)
 
 
 def test_gradients_that_are_not_finite_do_not_count_for_scores() -> None:
@@ -309,7 +293,7 @@ def test_an_optimizer_that_asks_for_several_losses_is_refused() -> None:
         once.optimizer.step(closure)
         once.step()
     assert once.applied == 6
-    assert zeros(model, once)
+    assert zeros(once)
 
 
 def test_a_model_that_changes_under_way_is_noticed() -> None:
@@ -335,75 +319,6 @@ def test_an_average_of_another_model_is_refused() -> None:
     for other in (nn.Linear(2, 2), nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8))):
         with pytest.raises(PlanError, match="average= is no average of this model"):
             gradual(average=other)
-
-
-# --- states --------------------------------------------------------------------------------------------
-
-
-def test_a_state_is_of_plain_things() -> None:
-    model, optimizer, pruner = gradual(criterion="taylor")
-    train(model, optimizer, pruner, range(3))
-    file = io.BytesIO()
-    torch.save(pruner.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    assert state["masks"]["0.weight"].numel() == 24  # a bit for each of 12 x 16
-    assert set(state["state"]["0.weight"]) == {"grad_abs"}
-    state["masks"]["0.weight"].zero_()  # a copy
-    assert zeros(model, pruner)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda s: s.pop("about"), "no state of a training method"),
-        (lambda s: s.update(version=9), "format 9"),
-        (lambda s: s["about"].update(method="RigL"), "method was RigL, is now Gradual"),
-        (lambda s: s["about"].update(steps=9), "steps was 9, is now 8"),
-        (lambda s: s["about"]["weights"].pop("2.weight"), "weights was"),
-        (lambda s: s["masks"].update({"0.weight": torch.zeros(3, dtype=torch.uint8)}), "has 3 bytes"),
-        (lambda s: s["masks"].update({"0.weight": "text"}), "no state of a training method"),
-        (lambda s: s["masks"].update({"9.weight": torch.zeros(3, dtype=torch.uint8)}), "9.weight"),
-        (lambda s: s["state"].pop("0.weight"), "damaged"),
-        (lambda s: s.update(done=99), "damaged"),
-        (lambda s: s.update(applied="x"), "no state of a training method"),
-    ],
-)
-def test_a_state_of_something_else_changes_nothing(spoil, says: str) -> None:
-    model, optimizer, pruner = gradual(criterion="taylor")
-    train(model, optimizer, pruner, range(5))
-    state, before = pruner.state_dict(), copy.deepcopy((model, pruner.state_dict()))
-    spoil(state)
-    with pytest.raises(DataError, match=says):
-        pruner.load_state_dict(state)
-    assert same(model, before[0])
-    now = pruner.state_dict()
-    assert (now["applied"], now["done"]) == (before[1]["applied"], before[1]["done"])
-    assert all(torch.equal(bits, now["masks"][name]) for name, bits in before[1]["masks"].items())
-    train(model, optimizer, pruner, range(5, 8))
-    pruner.finish()
-
-
-def test_a_state_without_units_brings_units_back() -> None:
-    model = mlp()
-    graph = sc.analyze(model, torch.zeros(2, 12))
-    _, optimizer, pruner = gradual(model, budget="params=50%", pattern="channel", graph=graph)
-    early, weights = pruner.state_dict(), copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    train(model, optimizer, pruner, range(3))
-    late = pruner.state_dict()
-    assert not bool(unpack(late["units"]["0"], (16,)).all())
-    late["units"] = {"other": torch.zeros(2, dtype=torch.uint8)}
-    kept = pruner.wish.kept
-    with pytest.raises(DataError, match="no state of a training method"):
-        pruner.load_state_dict(late)
-    assert pruner.wish.kept is kept
-    model.load_state_dict(weights[0])
-    optimizer.load_state_dict(weights[1])
-    pruner.load_state_dict(early)
-    assert pruner.wish.kept is None
-    assert not pruner.bits
-    train(model, optimizer, pruner, range(8))
-    assert len(sc.shrink(model, pruner.finish())[0].weight) < 16
 
 
 # --- methods of one's own --------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from secateur.train import Gradual
+
 
 def mlp(seed=0):
     """Two layers, 12 x 16 and 16 x 8, whose first inputs 2:4 and blocks of 4 x 2 tile."""
@@ -59,3 +61,18 @@ def same(a, b):
     """Whether two models hold the same bits."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def gradual(model=None, optimizer=None, budget="sparsity=75%", steps=8, **more):
+    """A model, its optimizer, and gradual pruning after steps 2, 4 and 6 of 8."""
+    model = mlp() if model is None else model
+    optimizer = sgd(model) if optimizer is None else optimizer
+    options = {"begin": 2, "end": 6, "every": 2, **more}
+    if "schedule" in more:
+        options = more
+    return model, optimizer, Gradual(model, optimizer, budget, steps, **options)
+
+
+def zeros(pruner):
+    """Whether there are masks, and what they drop is zero."""
+    return all(not bool(pruner.tensor(n)[~pruner.mask(n)].any()) for n in pruner.bits) and bool(pruner.bits)

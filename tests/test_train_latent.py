@@ -632,6 +632,22 @@ def test_gates_settle_for_evaluation_and_are_drawn_again_after_it():
         assert all(torch.equal(held[n], p) for n, p in model.named_parameters())
 
 
+def test_a_model_that_was_saved_settled_goes_on_as_it_was_drawn():
+    def start():
+        model = mlp()
+        optimizer = sgd(model)
+        return model, optimizer, made("l0", model, optimizer, initial=0.0)
+
+    model, optimizer, pruner = start()
+    train(model, optimizer, pruner, range(10))
+    with pruner.settled():
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+    again, other, goes_on = start()
+    for one, state in zip((again, other, goes_on), saved, strict=True):
+        one.load_state_dict(state)
+    assert same(model, again)
+
+
 def test_the_gates_that_stay_let_through_what_they_do_without_chance():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.0)

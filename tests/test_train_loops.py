@@ -1,6 +1,7 @@
 """Methods in loops of accelerate, Lightning and Hugging Face: the arithmetic of a plain one, also when resumed."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from functools import partial
@@ -89,12 +90,25 @@ def example(name):
     return module
 
 
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    """On a CPU accelerate, and so the Trainer, sets variables and threads; by these it makes a process group later."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def accelerator():
     accelerate = pytest.importorskip("accelerate")
-    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    accelerate.state.GradientState._reset_state()
+    return accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
 
 
 # --- optimizers as they come -----------------------------------------------------------------------

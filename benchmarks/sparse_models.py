@@ -11,9 +11,9 @@ And trained networks with masks by magnitude, global over the network: ResNet-20
 
 A lowered network's outputs are compared with those of the masked network in eager torch, on the inputs that it was
 tuned for and on others, even where the network stays dense because that is faster. Dense runtimes take as long whatever
-the weights are, so they are made once, of the dense network, and timed in turns with torch and with the lowered
-networks of all sparsities; one runtime at a time, for all together would not fit into memory. "others" is how many
-processors other programs kept busy.
+the weights are, so they are made once, of the dense network. One runtime and one lowered network at a time take turns,
+with torch: nobody runs ten models in turns in a process, and caches that hold one do not hold ten. "others" is how
+many processors other programs kept busy.
 """
 
 from __future__ import annotations
@@ -210,11 +210,12 @@ def measured(net: Net, threads: int, seconds: float, keep: Callable[[dict[Wish, 
         wanted = call(net.model, net.inputs)
     for name, form in forms.items():
         made, missing = ({}, {}) if name == "torch" else rivals.made({name: form}, wanted, size)
-        with rivals.others() as load:
-            taken = {} if missing else rivals.rounds(runs | made, seconds)
         for wish, row in rows.items():
             row["missing"] |= missing
-            if taken and str(wish) in taken:
+            if wish in models and not missing:
+                turns = {n: runs[n] for n in (str(wish), _compiled(wish), "torch") if n in runs} | made
+                with rivals.others() as load:
+                    taken = rivals.rounds(turns, seconds / len(models))
                 row.setdefault("ms", rivals.spread(taken[str(wish)]))
                 if (compiled := taken.get(_compiled(wish))) is not None:
                     row.setdefault("compiled_ms", rivals.spread(compiled))
@@ -273,7 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whole networks on the sparse engine against dense runtimes.")
     parser.add_argument("nets", nargs="*", help=f"only these of {', '.join(load.__name__ for load in NETS)}")
     parser.add_argument("--threads", type=int, action="append", help="1 and 2 unless told; repeatable")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long a network is timed with each runtime")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="how long all forms of a network are timed with a runtime"
+    )
     parser.add_argument("--quick", action="store_true", help="for an instant; nothing is written")
     wish = parser.parse_args()
     if why := kernels.why_missing():

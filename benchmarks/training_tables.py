@@ -20,7 +20,8 @@ def methods(rows: dict[str, Row]) -> Iterable[Sequence[str]]:
         if "test" in row and (part := KEY.fullmatch(key)):
             found[part["net"], part["method"]][part["level"] or "dense"].append(100 * row["test"])
     yield ("network", "method", "dense", *LEVELS)
-    for (net, method), levels in found.items():
+    nets = list(dict.fromkeys(net for net, _ in found))
+    for (net, method), levels in sorted(found.items(), key=lambda item: nets.index(item[0][0])):
         yield (net, method, *(_spread(levels.get(level, [])) for level in ("dense", *LEVELS)))
 
 

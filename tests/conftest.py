@@ -24,6 +24,13 @@ def seeds() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_process_group() -> None:
+    """accelerate and Lightning make one, by variables that they set, and leave it to whatever comes next."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
 def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports time their models for an instant: no test asserts a time."""
     for clock in ("report.log", "targets.cpu_sparse", "runtime.tune"):

@@ -225,6 +225,16 @@ def test_the_engine_pools_what_it_can(sparse_wins: None) -> None:
     torch.testing.assert_close(outputs(lowered, x), outputs(model, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pooled_networks_take_other_floats_too(dtype: torch.dtype, sparse_wins: None) -> None:
+    model = zeroed(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3)))
+    lowered = sc.lower(model, torch.randn(1, 3, 20, 18))
+    x = torch.randn(2, 3, 20, 18, dtype=dtype)
+    found = outputs(lowered, x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), outputs(model, x.float()), rtol=3e-2, atol=3e-2)
+
+
 def test_layers_that_read_the_same_share_a_call(sparse_wins: None) -> None:
     lowered = sc.lower(zeroed(Attention()), torch.randn(2, 5, 16))
     (shared,) = [m for m in lowered.modules() if isinstance(m, SharedLinears)]

@@ -79,7 +79,7 @@ def _conv2d_shape(
 
 def _max_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     _require_no_gradients(x, None)
-    return kernels.max_pool(x, kernel, stride, padding)
+    return kernels.max_pool(x.float(), kernel, stride, padding).to(x.dtype)  # as layers convert other floats
 
 
 def _max_pool2d_shape(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from secateur.patterns import NM, Block, Pattern
 from secateur.plan import Plan
 from secateur.planning import Described
 from secateur.train.scores import Scorer
-from secateur.train.shards import Part, SharedGlobal, best_here, common_group
+from secateur.train.shards import Part, SharedGlobal, best_here, common_group, noise
 
 Values = Callable[[str], Tensor]
 """What is here of a weight's values, by name."""
@@ -79,6 +79,15 @@ class Masks:
         if isinstance(self.pattern, Block):
             return math.ceil(outputs / self.pattern.rows) * math.ceil(weight.numel // outputs / self.pattern.cols)
         return weight.numel
+
+    def noise(self, name: str, text: str, device: torch.device) -> Tensor:
+        """Uniform numbers in [0, 1) from ``text``, one for each unit of a weight, on all of its elements here."""
+        part, units = self.parts[name], self.units(name)
+        flat = Part((units,), 0, units)
+        if part.group is not None:
+            first, rows = (n * units // part.shape[0] for n in (part.first, part.rows))
+            flat = Part((units,), first, rows, part.group)
+        return patterns.spread(self.pattern, noise(f"{text} {name}", flat, device), self.here(name))
 
     def choose(self, values: Values, budget: Budget, means: Means) -> dict[str, Tensor]:
         """Masks for a budget. Raises DataError for scores that are not finite, BudgetError where it cannot be met."""

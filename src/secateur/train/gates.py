@@ -10,13 +10,12 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from secateur import patterns
 from secateur.errors import SpecError
 from secateur.patterns import Block, Unstructured
 from secateur.train import stages
 from secateur.train.latent import LATENT, Latent, adam_, require_own_scores
 from secateur.train.pruner import Common, final
-from secateur.train.shards import Part, local, noise, total
+from secateur.train.shards import local, total
 from secateur.train.stages import Stage
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -100,7 +99,7 @@ class L0(Latent):
 
     def drawn(self, name: str) -> tuple[Tensor, Tensor]:
         """The gates of this step and their derivatives by log alpha, on each element that is here (float32)."""
-        odds = torch.logit(self._uniform(name), eps=1e-6)
+        odds = torch.logit(self.masks.noise(name, f"{self.seed} {self.applied}", self.value(name).device), eps=1e-6)
         s = ((odds + self.log_alpha(name)) / BETA).sigmoid_()
         stretched = s * (ZETA - GAMMA) + GAMMA
         slope = (s * (1 - s)).mul_((ZETA - GAMMA) / BETA).masked_fill_((stretched <= 0) | (stretched >= 1), 0)
@@ -179,12 +178,3 @@ class L0(Latent):
         names = list(self.weights)
         shut = [total((1 - self.open(n)).sum(), self.parts[n].group).to(self.value(names[0]).device) for n in names]
         return torch.stack(shut).sum() / sum(weight.numel for weight in self.weights.values())
-
-    def _uniform(self, name: str) -> Tensor:
-        """Uniform numbers of this step, one for each unit, on all of its elements that are here."""
-        part, units = self.parts[name], self.masks.units(name)
-        if isinstance(self.pattern, Block):
-            first, rows = part.first * units // part.shape[0], part.rows * units // part.shape[0]
-            part = Part((units,), first, rows, part.group)
-        drawn = noise(f"{self.seed} {self.applied} {name}", part, self.value(name).device)
-        return patterns.spread(self.pattern, drawn, self.masks.here(name))

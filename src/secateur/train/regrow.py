@@ -14,7 +14,7 @@ from secateur.patterns import NM
 from secateur.train import averages, stages
 from secateur.train.choose import Masks
 from secateur.train.pruner import Common, final
-from secateur.train.shards import Part, best_here, noise, total
+from secateur.train.shards import Part, best_here, total
 from secateur.train.sparse import SparseStart
 from secateur.train.stages import Stage
 
@@ -92,13 +92,7 @@ class DropAndGrow(SparseStart):
     def random(self, name: str, moment: str) -> Tensor:
         """Uniform numbers in [0, 1), one for each unit, on all of its elements that are here."""
         assert isinstance(self.wish, Masks)
-        part, units = self.parts[name], self.wish.units(name)
-        flat = Part((units,), 0, units)
-        if part.group is not None:
-            first, rows = (n * units // part.shape[0] for n in (part.first, part.rows))
-            flat = Part((units,), first, rows, part.group)
-        drawn = noise(f"{self.seed} {moment} {name}", flat, self.value(name).device)
-        return patterns.spread(self.pattern, drawn, self.wish.here(name))
+        return self.wish.noise(name, f"{self.seed} {moment}", self.value(name).device)
 
     def _exchanged(self, name: str, old: Tensor, scores: Tensor, growth: Tensor, stage: Stage) -> Tensor:
         """The mask of what is here of a weight after an exchange."""
@@ -113,9 +107,7 @@ class DropAndGrow(SparseStart):
         if sizes is None:
             return patterns.spread(self.pattern, _swapped(active > 0, low, high, share, size, part), here)
         units = torch.zeros_like(active, dtype=torch.bool)
-        for elements in sorted(
-            set(sizes.tolist())
-        ):  # blocks at the edge are smaller; equals for equals fits the budget
+        for elements in sorted(set(sizes.tolist())):  # edge blocks are smaller; equals for equals fits the budget
             at = (sizes == elements).to(active.device)
             units[at] = _swapped(active[at] > 0, low[at], high[at], share, int(at.sum()), part)
         return patterns.spread(self.pattern, units, here)

@@ -75,7 +75,7 @@ def show_crossover(found: Crossover) -> None:
     threads = f"{found.threads} thread{'s' * (found.threads > 1)}"
     typer.echo(f"{found.processor}, {found.isa}, {threads}, float32, against torch's fastest dense form.")
     if found.load > 0.5:
-        typer.echo(f"Other programs kept {found.load:.1f} processors busy; measure again when the machine is quiet.")
+        typer.echo(f"The load of the minute before was {found.load:.1f}; measure again when the machine is quiet.")
 
 
 def _start(curve: Curve) -> str:

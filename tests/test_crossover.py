@@ -128,4 +128,4 @@ def test_the_table_says_where_patterns_pay(capsys: Any) -> None:
     assert "Some CPU, avx2, 1 thread, float32" in quiet
     assert "busy" not in quiet
     show_crossover(Crossover("Some CPU", "avx2", 2, 1.7, curves))
-    assert "Other programs kept 1.7 processors busy" in capsys.readouterr().out
+    assert "The load of the minute before was 1.7" in capsys.readouterr().out

@@ -60,7 +60,7 @@ class Curve:
 class Crossover:
     """Every curve, and the machine they hold for: its processor, the engine's instruction set, threads.
 
-    load: the system's, in processors, over the minute before: what runs beside makes times of several threads worthless.
+    load: the system's over the minute before; what runs beside makes times of several threads worthless.
     """
 
     processor: str
